@@ -1,0 +1,95 @@
+"""Reading a published `config.json` strictly: every key is read, ignored by name, or refused.
+
+Knows the keys that transformers writes for any model and that never change the mathematics. A key that nobody named
+is refused unless it is switched off: a silently dropped setting would be a wrong answer in silence.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tpcpu.errors import ConfigError
+
+# Bookkeeping, training, and generation defaults.
+IGNORED = frozenset(
+    """_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
+    attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    classifier_dropout cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
+    early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder label2id length_penalty max_length max_new_tokens min_length model_type no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id
+    prefix problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty resid_pdrop
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
+    use_cache""".split()
+)
+
+
+class Keys:
+    """The keys of one config; each getter marks its key as read, `finish` refuses the ones left over."""
+
+    def __init__(self, config: dict[str, Any], ignored: Iterable[str] = ()) -> None:
+        self._config = config
+        self._left = set(config) - IGNORED - set(ignored)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._left.discard(key)
+        value = self._config.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self.get(key, default)
+        if value is None:
+            raise ConfigError(f"config.json: {key} is missing; expected an integer of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
+            raise ConfigError(f"config.json: {key} is {value!r}; expected an integer of at least {minimum}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ConfigError(f"config.json: {key} is {value!r}; expected a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"config.json: {key} is {value!r}; expected true or false")
+        return value
+
+    def require(self, key: str, supported: Any, default: Any = None) -> None:
+        """Refuses any value of `key` but the one supported; a missing key means `default`, or else `supported`."""
+        value = self.get(key, supported if default is None else default)
+        if value != supported:
+            raise ConfigError(f"config.json: {key} = {value!r} is not supported; only {supported!r} is")
+
+    def divisible(self, key: str, value: int, by_key: str, by: int) -> int:
+        if value % by:
+            raise ConfigError(f"config.json: {key} = {value} is not a multiple of {by_key} = {by}")
+        return value // by
+
+    def rope_theta(self, default: float) -> float:
+        """The base of plain rotary embedding, wherever a writer puts it; scaled kinds are refused."""
+        theta = self.number("rope_theta", default)
+        for key in ("rope_scaling", "rope_parameters"):
+            values = self.get(key, {})
+            if not isinstance(values, dict):
+                raise ConfigError(f"config.json: {key} is {values!r}; expected an object or null")
+            kind = values.get("rope_type", values.get("type", "default"))
+            extra = sorted(set(values) - {"rope_type", "type", "rope_theta"})
+            if kind != "default" or extra:
+                raise ConfigError(
+                    f"config.json: {key} of type {kind!r}{' with ' + ', '.join(extra) if extra else ''} "
+                    f"is not supported; only plain rotary embedding is"
+                )
+            theta = Keys(values).number("rope_theta", theta)
+        return theta
+
+    def finish(self) -> None:
+        """Refuses keys that nobody asked for, unless their value switches them off."""
+        unknown = sorted(key for key in self._left if self._config[key] not in (None, False, 0, 1.0, "", [], {}))
+        if unknown:
+            named = ", ".join(f"{key} = {self._config[key]!r}" for key in unknown)
+            raise ConfigError(
+                f"config.json: {named} is unknown to tpcpu and may change the results; remove the key if it does not"
+            )

@@ -1,0 +1,133 @@
+"""Yuan 2.0, dense: Llama's frame with localized filtering before queries and keys (`model_type` `yuan`).
+
+Source: Wu et al., 2023 (arXiv 2311.15786) and the published Hugging Face checkpoints, whose names mislead:
+`q_proj` and `k_proj` stacked hold, head after head, the rows of q and then those of k; and the activated half of the
+feed-forward layer is called `up_proj`. Attention is plain causal, as in the authors' own servers, whatever
+`use_flash_attention` and `reset_*` say. Filtered values feed queries and keys; values see the unfiltered input.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tpcpu.models.keys import Keys
+from tpcpu.parallel.partition import Range, Share
+from tpcpu.program.builder import Builder, Matrix
+from tpcpu.program.operations import BLOCK, Heads, Kind, Program, Rope
+
+OPTIONAL_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
+"""Stored by some writers and not needed: frequencies that are computed anew, a head equal to a tied embedding."""
+
+LF_NORM_EPS = 1e-6
+"""Fixed in the published code, not read from the config."""
+
+ROPE_THETA = 10000.0
+"""The published configs have no key for it."""
+
+
+@dataclass(frozen=True)
+class YuanConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "YuanConfig":
+        keys = Keys(
+            config,
+            ignored=(
+                # Masks of training, and of the eager path that plain causal attention replaces.
+                "causal_mask", "reset_attention_mask", "reset_position_ids", "use_flash_attention", "use_loss_mask",
+                # Token ids, which the tokenizer's files decide.
+                "eod_token", "eod_token_id", "mask_token_id", "model_max_length", "sep_token",
+            ),
+        )  # fmt: skip
+        keys.require("hidden_act", "silu")
+        keys.require("use_shareqk", False)
+        keys.require("use_moe", False)
+        hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+        dim = keys.divisible("hidden_size", hidden, "num_attention_heads", heads)
+        keys.divisible("the head dimension", dim, "the rotated pair", 2)
+        keys.divisible("hidden_size", hidden, "the halving of the first convolution", 2)
+        made = cls(
+            hidden_size=hidden,
+            intermediate_size=keys.integer("intermediate_size"),
+            num_hidden_layers=keys.integer("num_hidden_layers"),
+            num_attention_heads=heads,
+            vocab_size=keys.integer("vocab_size"),
+            max_position_embeddings=keys.integer("max_position_embeddings", 4096),
+            rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+            rope_theta=keys.rope_theta(ROPE_THETA),
+            tie_word_embeddings=keys.flag("tie_word_embeddings", True),
+        )
+        keys.finish()
+        return made
+
+
+def program(config: YuanConfig, share: Share) -> Program:
+    hidden, heads, dim, ffn = (
+        config.hidden_size, config.num_attention_heads, config.head_dim, config.intermediate_size,
+    )  # fmt: skip
+    local = share.split(heads)
+    channels = share.split(hidden // 2, BLOCK // 2)
+    features = share.split(ffn, BLOCK)
+
+    p = Builder(share)
+    x = p.embed("model.embed_tokens", config.vocab_size, hidden)
+    for p.layer in range(config.num_hidden_layers):
+        layer = f"model.layers.{p.layer}"
+        attn = f"{layer}.self_attn"
+
+        n = p.rms_norm(x, f"{layer}.input_layernorm", config.rms_norm_eps)
+        lfa = f"{attn}.lf_gate"
+        conv1 = p.matrix(f"{lfa}.conv1", (hidden // 2, hidden, 2, 1), rows=channels, bias=True, kind=Kind.CONV)
+        conv2 = p.matrix(f"{lfa}.conv2", (hidden, hidden // 2, 2, 1), columns=channels * 2, kind=Kind.CONV)
+        y = p.short_conv(n, conv1, covering=(channels, hidden // 2))
+        z = p.all_reduce(p.short_conv(y, conv2))
+        filtered = p.rms_norm(
+            p.add(n, z, p.vector(f"{lfa}.conv2.bias", hidden)), f"{lfa}.output_layernorm", LF_NORM_EPS
+        )
+
+        (v,) = p.linear(n, v=p.matrix(f"{attn}.v_proj", (hidden, hidden), rows=local * dim))
+        (qk,) = p.linear(filtered, qk=_stacked(p, attn, hidden, local * (2 * dim)))
+        q = p.rope_and_store(
+            Heads(qk, len(local), dim, 0, 2 * dim),
+            Heads(qk, len(local), dim, dim, 2 * dim),
+            Heads(v, len(local), dim, 0, dim),
+            Rope(config.rope_theta, dim),
+        )
+        a = p.attention(q, local, heads, range(len(local)), dim**-0.5)
+        (o,) = p.linear(a, o=p.matrix(f"{attn}.o_proj", (hidden, hidden), columns=local * dim))
+        x = p.add(x, p.all_reduce(o))
+
+        n = p.rms_norm(x, f"{layer}.post_attention_layernorm", config.rms_norm_eps)
+        gate, up = p.linear(
+            n,
+            gate=p.matrix(f"{layer}.mlp.gate_proj", (ffn, hidden), rows=features),
+            up=p.matrix(f"{layer}.mlp.up_proj", (ffn, hidden), rows=features),
+        )
+        g = p.glu(up, gate, features, ffn)
+        (d,) = p.linear(g, down=p.matrix(f"{layer}.mlp.down_proj", (hidden, ffn), columns=features))
+        x = p.add(x, p.all_reduce(d))
+    p.layer = -1
+    n = p.rms_norm(x, "model.norm", config.rms_norm_eps)
+    p.logits(n, "model.embed_tokens" if config.tie_word_embeddings else "lm_head", config.vocab_size)
+    return p.finish()
+
+
+def _stacked(p: Builder, attn: str, hidden: int, rows: Range) -> list[Matrix]:
+    """Rows `rows` of `q_proj` stacked on `k_proj`; the part of either that a rank does not need is left out."""
+    upper = Range(min(rows.start, hidden), min(rows.stop, hidden))
+    lower = Range(max(rows.start, hidden) - hidden, max(rows.stop, hidden) - hidden)
+    return [
+        p.matrix(f"{attn}.{name}", (hidden, hidden), rows=part) for name, part in (("q_proj", upper), ("k_proj", lower))
+    ]

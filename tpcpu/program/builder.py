@@ -1,0 +1,182 @@
+"""Builds a program operation by operation: the language that architecture files are written in.
+
+Knows how a division of features becomes rows and columns of weights, and gives every result a buffer of its own.
+Needs no memory, no kernels and no checkpoint: weights are declared here and bound later.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tpcpu.parallel.partition import Range, Share
+from tpcpu.program.operations import (
+    BLOCK,
+    Add,
+    AllReduce,
+    Attention,
+    Buffer,
+    Embed,
+    Glu,
+    Heads,
+    Kind,
+    KvShape,
+    Linear,
+    Logits,
+    Operation,
+    Program,
+    RmsNorm,
+    Rope,
+    RopeAndStore,
+    Segment,
+    ShortConv,
+    Weight,
+)
+
+
+class Matrix(NamedTuple):
+    """A weight and, where the module has one, the bias of its rows."""
+
+    weight: Weight
+    bias: Weight | None
+
+
+class Builder:
+    """Collects the operations of one rank; `finish` gives the program."""
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.layer = -1
+        """The layer that the next operations belong to, -1 outside the layers."""
+        self._operations: list[Operation] = []
+        self._layer_of: list[int] = []
+        self._buffers: list[Buffer] = []
+        self._weights: dict[tuple[str, Kind], Weight] = {}
+        self._kv: list[KvShape] = []
+        self._states: list[int] = []
+
+    # Weights. `full` is (out, in, ...) as stored; a rank multiplies `rows` and `columns` of it, all by default.
+
+    def vector(self, name: str, full: int, rows: Range | None = None) -> Weight:
+        """A norm's weight or a bias, `(full,)`."""
+        return self._declare(Weight(name, Kind.VECTOR, (full,), rows or Range(0, full), Range(0, 1)))
+
+    def matrix(
+        self, module: str, full: tuple[int, ...], *, rows: Range | None = None, columns: Range | None = None,
+        bias: bool = False, kind: Kind = Kind.MATRIX,
+    ) -> Matrix:  # fmt: skip
+        """The `weight`, and the `bias` of its rows, of a module. Columns are widened to whole blocks: see `Weight`."""
+        full_columns = math.prod(full[1:])
+        rows = Range(0, full[0]) if rows is None else rows
+        columns = Range(0, full_columns) if columns is None else columns.cover(BLOCK, full_columns)
+        weight = self._declare(Weight(f"{module}.weight", kind, full, rows, columns))
+        return Matrix(weight, self.vector(f"{module}.bias", full[0], rows) if bias else None)
+
+    # Operations
+
+    def embed(self, module: str, vocab: int, hidden: int) -> Buffer:
+        weight = self.matrix(module, (vocab, hidden), kind=Kind.EMBEDDING).weight
+        out = self._buffer("hidden", hidden)
+        self._emit(Embed(weight, out))
+        return out
+
+    def add(self, x: Buffer, y: Buffer, bias: Weight | None = None) -> Buffer:
+        out = self._buffer("hidden", x.width)
+        self._emit(Add(x, y, bias, out))
+        return out
+
+    def rms_norm(self, x: Buffer, module: str, eps: float) -> Buffer:
+        out = self._buffer("norm", x.width)
+        self._emit(RmsNorm(x, self.vector(f"{module}.weight", x.width), eps, out))
+        return out
+
+    def linear(self, x: Buffer, **outputs: Matrix | Sequence[Matrix]) -> tuple[Buffer, ...]:
+        """Each output is one matrix, or several stacked by rows; all of them multiply the same `x`."""
+        segments: list[Segment] = []
+        outs: list[Buffer] = []
+        for name, matrices in outputs.items():
+            stack = [matrices] if isinstance(matrices, Matrix) else matrices
+            out = self._buffer(name, sum(len(matrix.weight.rows) for matrix in stack))
+            column = 0
+            for weight, bias in stack:
+                assert len(weight.columns) == x.width, (weight, x)
+                segments.append(Segment(weight, bias, out, column))
+                column += len(weight.rows)
+            outs.append(out)
+        self._emit(Linear(x, tuple(segments)))
+        return tuple(outs)
+
+    def short_conv(self, x: Buffer, matrix: Matrix, covering: tuple[Range, int] | None = None) -> Buffer:
+        """`covering` = (this rank's channels, all channels) when the consumer's inputs are divided by them."""
+        assert len(matrix.weight.columns) == 2 * x.width, (matrix.weight, x)
+        self._states.append(x.width)
+        # A block of the next convolution is 32 channels of 2 taps.
+        out = (
+            self._covering("conv", *covering, BLOCK // 2) if covering else self._buffer("conv", len(matrix.weight.rows))
+        )
+        self._emit(ShortConv(x, matrix.weight, matrix.bias, len(self._states) - 1, out))
+        return out
+
+    def rope_and_store(self, q: Heads, k: Heads, v: Heads, rope: Rope) -> Buffer:
+        """The rotated queries, head after head; keys and values go to the next layer of the cache."""
+        self._kv.append(KvShape(k.count, k.dim))
+        out = self._buffer("query", q.count * q.dim)
+        self._emit(RopeAndStore(q, k, v, rope, len(self._kv) - 1, out))
+        return out
+
+    def attention(self, q: Buffer, heads: Range, full_heads: int, kv_of: Sequence[int], scale: float) -> Buffer:
+        """Attends over the cache that `rope_and_store` filled last; `heads` are this rank's of `full_heads`."""
+        layer = len(self._kv) - 1
+        dim = self._kv[layer].head_dim
+        out = self._covering("attention", heads * dim, full_heads * dim, BLOCK)
+        self._emit(Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out))
+        return out
+
+    def glu(self, activated: Buffer, linear: Buffer, features: Range, full_features: int) -> Buffer:
+        """`features` are this rank's of `full_features`."""
+        out = self._covering("glu", features, full_features, BLOCK)
+        self._emit(Glu(activated, linear, out))
+        return out
+
+    def all_reduce(self, x: Buffer) -> Buffer:
+        out = self._buffer("sum", x.width)
+        self._emit(AllReduce(x, out))
+        return out
+
+    def logits(self, x: Buffer, module: str, vocab: int) -> Buffer:
+        """The head is divided over the vocabulary; `module` may be the embedding's, when they are tied."""
+        rows = self.share.split(vocab)
+        weight = self.matrix(module, (vocab, x.width), rows=rows, kind=Kind.HEAD).weight
+        out = self._buffer("logits", len(rows))
+        self._emit(Logits(x, weight, out))
+        return out
+
+    def finish(self) -> Program:
+        return Program(
+            self.share,
+            tuple(self._operations),
+            tuple(self._buffers),
+            tuple(self._weights.values()),
+            tuple(self._kv),
+            tuple(self._states),
+            tuple(self._layer_of),
+        )
+
+    def _declare(self, weight: Weight) -> Weight:
+        key = (weight.name, weight.kind)
+        assert self._weights.setdefault(key, weight) == weight, f"{weight.name} is divided in two ways"
+        return weight
+
+    def _buffer(self, name: str, width: int, own: Range | None = None) -> Buffer:
+        buffer = Buffer(f"{name}.{len(self._buffers)}", width, own or Range(0, width))
+        self._buffers.append(buffer)
+        return buffer
+
+    def _covering(self, name: str, features: Range, full: int, unit: int) -> Buffer:
+        """A buffer of the whole units that hold `features`: what an input-split weight's blocks multiply."""
+        cover = features.cover(unit, full)
+        start = features.start - cover.start
+        return self._buffer(name, len(cover), Range(start, start + len(features)) if len(features) else Range(0, 0))
+
+    def _emit(self, operation: Operation) -> None:
+        self._operations.append(operation)
+        self._layer_of.append(self.layer)

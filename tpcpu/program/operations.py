@@ -1,0 +1,233 @@
+"""The vocabulary of a program: buffers, weights and the few operations over them.
+
+A program is a flat list of these records for one rank. They say what is computed and which part of which tensor this
+rank needs, never how; the readers (`reference`, `compiled`, `cost`, `tpcpu explain`) decide that for themselves.
+Sizes are per token; the number of tokens is an argument of the run.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from tpcpu.parallel.partition import Range, Share
+
+BLOCK = 64
+"""Weights that share a scale, and the unit in which inputs are divided over ranks."""
+
+PIECE = 256
+"""Cache positions whose softmax is accumulated together; pieces are joined in order. It fixes the order of sums."""
+
+
+class Kind(Enum):
+    """What a weight is for, which decides how it may be stored."""
+
+    MATRIX = "linear"
+    CONV = "conv"
+    VECTOR = "vector"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the quantiser turns it into 4 or 8 bits."""
+        return self in (Kind.MATRIX, Kind.CONV)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The part of one stored tensor that a rank needs.
+
+    The tensor is seen as a matrix of `full_rows` rows (its first dimension) and `full_columns` columns (all the
+    others, flattened). `columns` covers whole blocks of 64; what it holds beyond the rank's own features meets zeros.
+    """
+
+    name: str
+    kind: Kind
+    full_shape: tuple[int, ...]
+    rows: Range
+    columns: Range
+
+    @property
+    def full_rows(self) -> int:
+        return self.full_shape[0]
+
+    @property
+    def full_columns(self) -> int:
+        return math.prod(self.full_shape[1:])
+
+    @property
+    def size(self) -> int:
+        """Weights held by this rank."""
+        return len(self.rows) * len(self.columns)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Activations `(tokens, width)` float32. Only the columns `own` are written; the others stay zero."""
+
+    name: str
+    width: int
+    own: Range
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads inside a buffer: head `h` of `count` fills `dim` columns from `first + h * step`."""
+
+    buffer: Buffer
+    count: int
+    dim: int
+    first: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: dimension j of `dim` is rotated with j + dim / 2 by position * theta^(-2j / dim)."""
+
+    theta: float
+    dim: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One weight of a `Linear`: its rows fill the columns of `out` from `column` on; `bias` has those rows."""
+
+    weight: Weight
+    bias: Weight | None
+    out: Buffer
+    column: int
+
+
+@dataclass(frozen=True)
+class Embed:
+    """out = weight[token]"""
+
+    weight: Weight
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class Add:
+    """out = x + y + bias"""
+
+    x: Buffer
+    y: Buffer
+    bias: Weight | None
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """out = weight * x / sqrt(mean(x^2) + eps)"""
+
+    x: Buffer
+    weight: Weight
+    eps: float
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class Linear:
+    """out[:, column : column + rows] = x @ weight[rows, columns].T + bias, segment by segment."""
+
+    x: Buffer
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """out_t = weight[:, :, 0] @ x_(t-1) + weight[:, :, 1] @ x_t + bias; x before a sequence is zero.
+
+    The taps are adjacent in memory, so the flattened weight multiplies the interleave of x_(t-1) and x_t
+    (Yuan 2.0's localized filtering). `state` numbers the buffer of the cache that keeps x of the last token.
+    """
+
+    x: Buffer
+    weight: Weight
+    bias: Weight | None
+    state: int
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class RopeAndStore:
+    """Rotates q and k by their positions; writes q to `out` and appends k and v to the cache of `layer`."""
+
+    q: Heads
+    k: Heads
+    v: Heads
+    rope: Rope
+    layer: int
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class Attention:
+    """out_h = softmax(scale * q_h . K) V, causal, over the cache of `layer`.
+
+    Query head h reads key/value head `kv_of[h]` of those that this rank holds.
+    """
+
+    q: Buffer
+    heads: int
+    head_dim: int
+    kv_of: tuple[int, ...]
+    scale: float
+    layer: int
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class Glu:
+    """out[:, own] = silu(activated) * linear"""
+
+    activated: Buffer
+    linear: Buffer
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """out = the sum of x over all ranks, the same bits on each."""
+
+    x: Buffer
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class Logits:
+    """out = x @ weight.T for the tokens whose logits are wanted, over this rank's rows of the vocabulary."""
+
+    x: Buffer
+    weight: Weight
+    out: Buffer
+
+
+Operation = Embed | Add | RmsNorm | Linear | ShortConv | RopeAndStore | Attention | Glu | AllReduce | Logits
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """The key/value cache of one layer on this rank."""
+
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one rank computes for a batch of tokens.
+
+    `weights` lists every declared weight once, in order of first use; `kv` and `states` say what a sequence's
+    cache holds: key/value heads per layer, and widths of the convolutions' inputs.
+    """
+
+    share: Share
+    operations: tuple[Operation, ...]
+    buffers: tuple[Buffer, ...]
+    weights: tuple[Weight, ...]
+    kv: tuple[KvShape, ...]
+    states: tuple[int, ...]
+    layer_of: tuple[int, ...]
+    """For each operation the model's layer that it belongs to, -1 outside the layers."""
