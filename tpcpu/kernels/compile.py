@@ -1,0 +1,137 @@
+"""Compiling kernels, and keeping what was compiled.
+
+numba's own cache has two traps: it does not notice a change in another file, and two processes that write it at once
+can leave one function's code under another's name. So the folder is named after everything that code depends on, and
+one process at a time fills it, under a lock; the others sleep until it is done.
+
+The only place that sets compile options.
+"""
+
+import fcntl
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import cfunc, njit, types
+from numba.core import codegen
+
+from tpcpu.kernels import isa
+
+_SIGNATURE = types.void(types.int64, types.int64, types.int64)
+
+_chosen = isa.selected()
+if _chosen is not isa.available()[0]:
+    # A forced set must not meet instructions of the better one: the compiler gets an older CPU for its target.
+    numba.config.CPU_NAME = _chosen.cpu or "generic"
+    numba.config.CPU_FEATURES = _chosen.features
+
+
+class Kernel:
+    """A function (record, thread, threads) that is compiled, or found compiled, when its address is first needed.
+
+    A kernel takes no lock, allocates nothing and raises nothing. Nothing about floating point is relaxed: where a
+    multiply and an add are one instruction, the kernel says `fma`.
+    """
+
+    def __init__(self, function: Callable[[int, int, int], None], name: str) -> None:
+        self.name = name
+        self._function = function
+        self._compiled: Any = None
+
+    @property
+    def address(self) -> int:
+        prepare([self])
+        return int(self._compiled.address)
+
+    @property
+    def ready(self) -> bool:
+        """Whether this process has it."""
+        return self._compiled is not None
+
+    def _compile(self) -> None:
+        self._compiled = cfunc(_SIGNATURE, cache=True, error_model="numpy")(self._function)
+
+
+helper = njit(error_model="numpy")
+"""Decorates a function that kernels call; it is compiled into each of them."""
+
+
+def kernel(name: str) -> Callable[[Callable[[int, int, int], None]], Kernel]:
+    """Makes a function a `Kernel`; `name` is unique among all kernels."""
+    return lambda function: Kernel(function, name)
+
+
+def prepare(kernels: Iterable[Kernel], report: Callable[[str], None] | None = None) -> None:
+    """Compiles those kernels that this machine has not compiled yet, and loads the others.
+
+    `report` is told when compiling begins and how long it took.
+    """
+    wanted = [each for each in kernels if not each.ready]
+    with _numba_cache_dir():
+        if any(not _marker(each).exists() for each in wanted):
+            with (folder() / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                missing = [each for each in wanted if not _marker(each).exists()]
+                if missing and report:
+                    report(f"compiling {len(missing)} kernels for {_chosen.name} (once per machine)")
+                begin = time.monotonic()
+                for each in missing:
+                    each._compile()
+                    _marker(each).touch()
+                if missing and report:
+                    report(f"compiled in {time.monotonic() - begin:.1f} s")
+        for each in wanted:
+            if not each.ready:
+                each._compile()
+
+
+def _marker(of: Kernel) -> Path:
+    """Stands where a kernel is completely in the cache."""
+    return folder() / f"{of.name}.compiled"
+
+
+def _sources() -> list[Path]:
+    return sorted(Path(__file__).parent.rglob("*.py"))
+
+
+@cache
+def folder() -> Path:
+    """Where compiled kernels are kept: `TPCPU_CACHE_DIR`, or the user's cache folder.
+
+    Named after the sources with their place and time (numba compares these), the versions of numba and Python, and
+    the CPU: a home directory may be shared by unlike machines.
+    """
+    digest = hashlib.sha256()
+    for source in _sources():
+        digest.update(f"{source} {source.stat().st_mtime_ns}\n".encode())
+        digest.update(source.read_bytes())
+    target = (numba.__version__, sys.version, _chosen.name, numba.config.CPU_NAME, *_host())
+    digest.update(repr(target).encode())
+    root = os.environ.get("TPCPU_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tpcpu"
+    path = Path(root).expanduser().absolute() / f"kernels-{_chosen.name}-{digest.hexdigest()[:16]}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _host() -> tuple[str, str]:
+    import llvmlite.binding as llvm
+
+    return llvm.get_host_cpu_name(), codegen.get_host_cpu_features()
+
+
+@contextmanager
+def _numba_cache_dir() -> Iterator[None]:
+    """numba fixes a function's cache folder when it is decorated; the user's own functions keep theirs."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder())
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before

@@ -1,0 +1,73 @@
+"""Which instruction set the kernels are written for, chosen once per process.
+
+Knows CPU feature names; imports no compiler. `TPCPU_ISA` forces a set that this CPU can run: LLVM ends the process,
+without an exception, over an instruction that its target lacks, so a choice is checked before anything compiles.
+"""
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tpcpu.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set: the features it needs, and the compiler's target when it is not simply this CPU."""
+
+    name: str
+    lanes: int
+    """float32 values in a register."""
+    panel_rows: int
+    """Rows of a weight that are packed and multiplied together; 1: no vector kernels."""
+    needs: frozenset[str]
+    """Flags of /proc/cpuinfo."""
+    cpu: str
+    features: str
+    """LLVM's target when this set is forced on a CPU that could do more."""
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+ISAS = (
+    Isa("avx512_vnni", 16, 16, _AVX512 | {"avx512_vnni"}, "cascadelake", ""),
+    Isa("avx512", 16, 16, _AVX512, "skylake-avx512", ""),
+    Isa("avx2", 8, 8, _AVX2, "haswell", "+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe,+popcnt"),
+    Isa("generic", 8, 1, frozenset(), "", ""),
+)
+"""Best first."""
+
+
+def _cpu_flags() -> frozenset[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def available() -> tuple[Isa, ...]:
+    """The sets that this CPU can run, best first."""
+    flags = _cpu_flags()
+    return tuple(isa for isa in ISAS if isa.needs <= flags)
+
+
+@cache
+def selected() -> Isa:
+    """The set that this process uses. Raises UsageError for a `TPCPU_ISA` that is unknown or not to be had here."""
+    able = available()
+    name = os.environ.get("TPCPU_ISA")
+    if not name:
+        return able[0]
+    for isa in able:
+        if isa.name == name:
+            return isa
+    known = name in {isa.name for isa in ISAS}
+    raise UsageError(
+        f"TPCPU_ISA={name} is {'not supported by this CPU' if known else 'unknown'}; "
+        f"this CPU runs {', '.join(isa.name for isa in able)}"
+    )

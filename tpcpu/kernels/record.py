@@ -1,0 +1,195 @@
+"""The layout of what compiled code reads: the step, the records of operations, the segments of a linear.
+
+All are arrays of int64 words; the names here are word numbers. Imports nothing, so that the code that fills them needs
+no compiler.
+"""
+
+BLOCK = 64
+"""Weights that share a scale."""
+
+NF4, NF4_SINGLE, INT8, BF16, F16, FLOAT32 = range(6)
+"""Formats of packed weights. NF4_SINGLE has float32 scales, one per block, instead of doubly quantised ones."""
+
+FLOATS = (BF16, F16, FLOAT32)
+"""Formats that always multiply float32 activations."""
+
+SPAN = 16
+"""Blocks whose products are added in order into one sum; spans are added in order. It fixes the order of all sums."""
+
+# The step: one per rank, the same memory every time.
+TOKENS = 0
+"""How many tokens the batch has."""
+WANTED = 1
+"""How many of them need logits."""
+CLASS = 2
+"""Which of a record's kernels to call: 0 for 1 token, 1 for 2 to 8, 2 for more."""
+TOKEN_IDS = 3
+"""From here on addresses of int32 arrays, one value a token: the token,"""
+POSITIONS = 4
+"""its position in its sequence,"""
+SEQUENCES = 5
+"""the row of its sequence in the batch,"""
+FIRSTS = 6
+"""the first token of its sequence in the batch."""
+WANTED_IDS = 7
+"""Tokens that need logits, in order."""
+STATES = 8
+"""One value a sequence of the batch: its place in the convolution states."""
+PAGES = 9
+"""One row a sequence of the batch: its pages of the cache."""
+PAGES_STRIDE = 10
+"""Bytes of such a row."""
+PAGE_TOKENS = 11
+"""Positions in a page, a multiple of 16."""
+PIECES = 12
+"""Pieces of 256 positions in the longest sequence of the batch."""
+STEP_WORDS = 16
+
+# A record: header, then operands by kernel.
+KERNELS = 0
+"""Addresses of the kernels of the three classes of token counts."""
+BARRIER = 3
+"""1 if every thread must have finished before the next operation begins."""
+STEP = 4
+"""Address of the step."""
+OPERANDS = 5
+RECORD_WORDS = 32
+
+# Operands of the kernels that go through activations feature by feature. Strides are bytes from token to token.
+IN = 5
+IN_STRIDE = 6
+SECOND = 7
+"""The other input: what is added, or the factor of a gated unit."""
+SECOND_STRIDE = 8
+OUT = 9
+OUT_STRIDE = 10
+WIDTH = 11
+WEIGHT = 12
+"""float32 of a norm."""
+BIAS = 13
+"""float32 that are added, or 0."""
+EPS = 14
+"""Bits of a float32."""
+Q = 15
+"""Where the result goes as int8 too, or 0; then its stride, scales, sums and their stride, as a linear's `X`."""
+Q_STRIDE = 16
+Q_SCALES = 17
+Q_SUMS = 18
+Q_SCALES_STRIDE = 19
+TOTAL = 20
+"""Where x + y + bias goes, when a norm follows in the same kernel."""
+TOTAL_STRIDE = 21
+ELEMENT = 22
+"""The format of stored values: BF16, F16 or FLOAT32."""
+STATE = 23
+"""float32 inputs of a convolution: one row a sequence,"""
+STATE_STRIDE = 24
+"""bytes from one to the next."""
+PARTS = 25
+"""How many partial sums lie behind each other,"""
+PART_STRIDE = 26
+"""bytes from one to the next."""
+
+# Operands of an exchange.
+SEND = 5
+RECEIVE = 6
+ROW_FLOATS = 7
+"""float32 of one token in the message."""
+FUNCTION = 8
+"""Address of the MPI function, then its handles."""
+DATATYPE = 9
+OPERATION = 10
+COMMUNICATOR = 11
+STATUS = 12
+"""Written: what the MPI function returned, 0 for success."""
+
+# Operands of attention; heads are rows of `HEAD_STEP` bytes from `HEAD_FIRST`.
+A_Q = 5
+A_Q_STRIDE = 6
+A_Q_FIRST = 7
+A_Q_STEP = 8
+A_Q_HEADS = 9
+A_K = 10
+A_K_STRIDE = 11
+A_K_FIRST = 12
+A_K_STEP = 13
+A_KV_HEADS = 14
+A_V = 15
+A_V_STRIDE = 16
+A_V_FIRST = 17
+A_V_STEP = 18
+A_DIM = 19
+A_OUT = 20
+A_OUT_STRIDE = 21
+A_COS = 22
+"""float32 (positions, dim / 2), then the sines."""
+A_SIN = 23
+A_KEYS = 24
+"""Pages of keys: heads x tiles of 16 positions x dim x 16; of values: heads x positions x dim."""
+A_VALUES = 25
+A_PAGE_BYTES = 26
+A_KV_OF = 27
+"""int32: the key/value head of each query head."""
+A_SCALE = 28
+"""Bits of a float32."""
+A_PARTS = 29
+"""Sums of pieces: (tokens, heads, pieces) rows of `A_PART_FLOATS`: weighted values, the maximum, the sum."""
+A_PART_TOKENS = 30
+"""Pieces that there is room for, of each token and head."""
+A_SCRATCH = 31
+"""Memory for one piece's scores: 1024 bytes a thread."""
+
+# Operands of a linear.
+X = 5
+"""Activations: int8, or float32 in exact arithmetic; then bytes from one token to the next."""
+X_STRIDE = 6
+X_SCALES = 7
+"""float32, one per 64 activations."""
+X_SUMS = 8
+"""int32, one per 64 activations: minus the bias of the weights times their sum."""
+X_SCALES_STRIDE = 9
+SEGMENTS = 10
+SEGMENT_COUNT = 11
+PANELS = 12
+"""Panels of all segments together; threads divide these."""
+COUNT = 13
+"""Address of the number of tokens."""
+TABLE = 14
+"""The 16 values of the codes: bytes, repeated over a register, or float32."""
+FACTOR = 15
+"""Bits of a float32 that every product is multiplied with."""
+SCRATCH = 16
+"""Memory for decoded rows, `SCRATCH_STRIDE` bytes a thread (plain kernels only)."""
+SCRATCH_STRIDE = 17
+
+# A segment of a linear.
+S_VALUES = 0
+"""Packed weights, panel by panel."""
+S_SCALES = 1
+"""Scale codes (uint8) or scales (float32), block by block, the rows of a panel together."""
+S_GROUPS = 2
+"""float32 scales of groups of 256 scale codes, addressed by the number of the group in the whole tensor."""
+S_CODE = 3
+"""float32 values of the 256 scale codes."""
+S_OFFSET = 4
+"""Bits of the float32 that is added to every scale."""
+S_ROWS = 5
+S_PANELS = 6
+S_COLUMNS = 7
+S_FULL_BLOCKS = 8
+"""Blocks in a row of the whole tensor."""
+S_FIRST_BLOCK = 9
+"""The number, in the whole tensor, of the first block of the first row."""
+S_OUT = 10
+S_OUT_STRIDE = 11
+S_BIAS = 12
+"""float32, one per row, or 0."""
+SEGMENT_WORDS = 16
+
+# Operands of packing.
+P_SOURCE = 5
+"""The first element, in the published layout; then bytes from row to row."""
+P_ROW_BYTES = 6
+P_ROWS = 7
+P_COLUMNS = 8
+P_OUT = 9

@@ -1,0 +1,138 @@
+"""The team: waiting, the barrier, the walker, and the loop that a worker never leaves.
+
+A team is a block of int64 words, one fact per cache line, so that threads do not disturb each other. Every wait is
+`_wait`: it spins briefly, yields, sleeps on a futex, and looks at the abort word each time it looks at all.
+"""
+
+from numba import types
+
+from tpcpu.kernels import record as R
+from tpcpu.kernels.compile import helper, kernel
+from tpcpu.kernels.memory import (
+    call_kernel,
+    exchange,
+    fetch_add,
+    load_acquire,
+    load_i64,
+    pause,
+    store_i64,
+)
+from tpcpu.kernels.team_layout import (
+    ABORT,
+    ARRIVALS,
+    FUTEX_CALL,
+    IDLE_SPINS,
+    JOB,
+    LINE,
+    RECORD_COUNT,
+    RELEASE,
+    SLEEPERS,
+    SPINS,
+    THREADS,
+    TICKET,
+    TIMEOUT,
+    YIELDS,
+)
+
+_syscall = types.ExternalFunction(
+    "syscall", types.int64(types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.int64)
+)
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_CHILDREN = 4
+"""Threads whose arrival one thread waits for: the barrier is a tree, so that no line is fought over by a whole socket."""
+
+
+@helper
+def _wait(address, target, team, spins):
+    """Until the word at `address` is at least `target`. Gives 1 if the team is aborted, else 0."""
+    looks = 0
+    while load_acquire(address) < target:
+        if load_acquire(team + ABORT) != 0:
+            return 1
+        looks += 1
+        if looks <= spins:
+            pause()
+        elif looks <= spins + load_i64(team + YIELDS):
+            _sched_yield()
+        else:
+            # Announced before the last look, so that whoever stores afterwards sees a sleeper and wakes it.
+            fetch_add(team + SLEEPERS, 1)
+            seen = load_acquire(address)
+            if seen < target and load_acquire(team + ABORT) == 0:
+                _syscall(load_i64(team + FUTEX_CALL), address, _FUTEX_WAIT, seen & 0xFFFFFFFF, team + TIMEOUT, 0, 0)
+            fetch_add(team + SLEEPERS, -1)
+    return 0
+
+
+@helper
+def _post(address, value, team):
+    """Stores `value` and wakes whoever sleeps on it."""
+    exchange(address, value)
+    if load_acquire(team + SLEEPERS) != 0:
+        _syscall(load_i64(team + FUTEX_CALL), address, _FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
+
+
+@helper
+def _barrier(team, thread, threads, epoch):
+    """Until all threads are here for the `epoch`-th time. Gives 1 if the team is aborted."""
+    spins = load_i64(team + SPINS)
+    for child in range(_CHILDREN * thread + 1, min(_CHILDREN * thread + _CHILDREN + 1, threads)):
+        if _wait(team + ARRIVALS + child * LINE, epoch, team, spins):
+            return 1
+    if thread == 0:
+        _post(team + RELEASE, epoch, team)
+        return 0
+    _post(team + ARRIVALS + thread * LINE, epoch, team)
+    return _wait(team + RELEASE, epoch, team, spins)
+
+
+@helper
+def _walk(team, thread):
+    """Runs the records of the job, in step with the other threads."""
+    threads = load_i64(team + THREADS)
+    record = load_i64(team + JOB)
+    # Only this thread writes its line, and the release word only moves when all have arrived: both count epochs.
+    epoch = load_acquire(team + RELEASE)
+    for _ in range(load_i64(team + RECORD_COUNT)):
+        step = load_i64(record + 8 * R.STEP)
+        chosen = load_i64(step + 8 * R.CLASS)
+        call_kernel(load_i64(record + 8 * (R.KERNELS + chosen)), record, thread, threads)
+        if threads > 1 and load_i64(record + 8 * R.BARRIER) != 0:
+            epoch += 1
+            if _barrier(team, thread, threads, epoch):
+                return
+        record += 8 * R.RECORD_WORDS
+
+
+@kernel("team-run")
+def run(team, records, count):
+    """Walks the records as thread 0 together with the workers; returns when all are done, or on abort.
+
+    The last record must end with a barrier.
+    """
+    store_i64(team + JOB, records)
+    store_i64(team + RECORD_COUNT, count)
+    _post(team + TICKET, load_acquire(team + TICKET) + 1, team)
+    _walk(team, 0)
+
+
+@kernel("team-work")
+def work(team, thread, ticket):
+    """A worker's life: waits for the next ticket, walks, waits; returns when the team is aborted."""
+    while True:
+        ticket += 1
+        if _wait(team + TICKET, ticket, team, load_i64(team + IDLE_SPINS)):
+            return
+        _walk(team, thread)
+
+
+@kernel("team-wake")
+def wake(team, _unused, _also_unused):
+    """Wakes every sleeper, after the abort word was set."""
+    for word in (TICKET, RELEASE):
+        _syscall(load_i64(team + FUTEX_CALL), team + word, _FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
+    for thread in range(load_i64(team + THREADS)):
+        line = team + ARRIVALS + thread * LINE
+        _syscall(load_i64(team + FUTEX_CALL), line, _FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)

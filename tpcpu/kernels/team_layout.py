@@ -1,0 +1,30 @@
+"""Byte offsets in a team's block of memory: one fact per cache line. Imports nothing."""
+
+LINE = 64
+
+TICKET = 0 * LINE
+"""Counts jobs; workers wait for the next."""
+ABORT = 1 * LINE
+"""Not 0: everybody leaves."""
+SLEEPERS = 2 * LINE
+"""Threads that sleep, or are about to, on any word of the team."""
+RELEASE = 3 * LINE
+"""The last barrier that all have passed."""
+JOB = 4 * LINE
+"""Address of the records to walk,"""
+RECORD_COUNT = 4 * LINE + 8
+"""and how many."""
+THREADS = 5 * LINE
+"""What does not change: threads of the team,"""
+SPINS = 5 * LINE + 8
+"""looks before a barrier yields,"""
+YIELDS = 5 * LINE + 16
+"""yields before it sleeps,"""
+IDLE_SPINS = 5 * LINE + 24
+"""looks before a worker without a job yields,"""
+FUTEX_CALL = 5 * LINE + 32
+"""the number of the futex system call,"""
+TIMEOUT = 5 * LINE + 40
+"""and its longest sleep: a timespec of two words."""
+ARRIVALS = 6 * LINE
+"""From here one line a thread: the last barrier it has reached."""

@@ -1,0 +1,98 @@
+"""The threads of a rank: one per core, pinned, created once, parked in compiled code between steps.
+
+The caller is thread 0. Workers never return to Python; `close` sets the abort word and wakes them. They are daemons,
+because the interpreter joins other threads before `atexit` gets to run `close`.
+"""
+
+import atexit
+import ctypes
+import os
+import platform
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpcpu.kernels import team as compiled
+from tpcpu.kernels import team_layout as layout
+from tpcpu.kernels.compile import prepare
+
+_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+_FUTEX_CALLS = {"x86_64": 202, "AMD64": 202, "aarch64": 98}
+
+SPINS, SPINS_CROWDED = 2000, 200
+"""Looks before yielding; few when threads outnumber cores, so that those with work get to run."""
+YIELDS = 20
+IDLE_SPINS = 20_000
+"""About 0.2 ms: longer than what lies between two steps, far shorter than a person's pause."""
+SLEEP_SECONDS = 1
+"""A sleeper looks again after this long even if nobody woke it."""
+
+
+def aligned(words: int) -> NDArray[np.int64]:
+    """Zeroed int64 words that begin a cache line."""
+    raw = np.zeros(words + 8, np.int64)
+    skip = -(raw.ctypes.data // 8) % 8
+    return raw[skip : skip + words]
+
+
+class Team:
+    """`len(cpus)` threads, thread t on CPU `cpus[t]`; without `pinned` they run wherever the system likes.
+
+    `run` is not reentrant: one caller at a time, always the same thread.
+    """
+
+    def __init__(self, cpus: Sequence[int], *, pinned: bool = True, crowded: bool = False) -> None:
+        prepare([compiled.run, compiled.work, compiled.wake])
+        self.threads = len(cpus)
+        self._run = _KERNEL(compiled.run.address)
+        self._wake = _KERNEL(compiled.wake.address)
+        self._words = aligned((layout.ARRIVALS + layout.LINE * self.threads) // 8)
+        self._address = self._words.ctypes.data
+        self._set(layout.THREADS, self.threads)
+        self._set(layout.SPINS, SPINS_CROWDED if crowded else SPINS)
+        self._set(layout.YIELDS, YIELDS)
+        self._set(layout.IDLE_SPINS, SPINS_CROWDED if crowded else IDLE_SPINS)
+        self._set(layout.FUTEX_CALL, _FUTEX_CALLS[platform.machine()])
+        self._set(layout.TIMEOUT, SLEEP_SECONDS)
+        self._before = os.sched_getaffinity(0)
+        self._workers = [
+            threading.Thread(target=self._work, args=(t, {cpu} if pinned else None), daemon=True, name=f"tpcpu-{t}")
+            for t, cpu in enumerate(cpus[1:], start=1)
+        ]
+        for worker in self._workers:
+            worker.start()
+        if pinned:
+            os.sched_setaffinity(0, {cpus[0]})
+        atexit.register(_close, weakref.ref(self))
+
+    def run(self, records: NDArray[np.int64]) -> None:
+        """Walks the records (count, RECORD_WORDS); the last must end with a barrier."""
+        self._run(self._address, records.ctypes.data, len(records))
+
+    def close(self) -> None:
+        """Ends the workers; they are gone when this returns. May be called twice."""
+        if self._words[layout.ABORT // 8]:
+            return
+        self._set(layout.ABORT, 1)
+        self._wake(self._address, 0, 0)
+        for worker in self._workers:
+            worker.join(5 * SLEEP_SECONDS)
+        os.sched_setaffinity(0, self._before)
+
+    def _work(self, thread: int, cpus: set[int] | None) -> None:
+        if cpus is not None:
+            os.sched_setaffinity(0, cpus)
+        _KERNEL(compiled.work.address)(self._address, thread, 0)
+
+    def _set(self, offset: int, value: int) -> None:
+        self._words[offset // 8] = value
+
+
+def _close(reference: "weakref.ref[Team]") -> None:
+    team = reference()
+    if team is not None:
+        team.close()
