@@ -1,0 +1,203 @@
+"""Several ranks over MPI: the only module that imports mpi4py.
+
+Knows MPI and the launcher's announcement; must not know what the messages mean. Importing it loads the MPI library and
+starts nothing; `Mpi` starts MPI. All waiting from Python is in non-blocking calls and `Patience`, because MPI's own
+blocking calls keep a core busy.
+"""
+
+import ctypes
+import pickle
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import mpi4py
+import numpy as np
+from numpy.typing import NDArray
+
+# MPI is started by `Mpi`, at the level it needs, and not by the import
+mpi4py.rc.initialize = False
+mpi4py.rc.finalize = True
+
+from mpi4py import MPI  # noqa: E402
+
+from tpcpu.errors import LaunchError  # noqa: E402
+from tpcpu.parallel.announcement import INTEL, MPICH, OPEN_MPI, SRUN, Announcement  # noqa: E402
+from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, check_counts  # noqa: E402
+from tpcpu.parallel.lifeline import die_with_parent, parent_name  # noqa: E402
+from tpcpu.parallel.patience import Patience  # noqa: E402
+from tpcpu.parallel.segments import mapped_segments, unlink_segments  # noqa: E402
+from tpcpu.parallel.topology import Topology  # noqa: E402
+
+MpiFunction = Literal["MPI_Allgather", "MPI_Allreduce"]
+
+# how MPICH, Open MPI and UCX name theirs; Intel MPI unlinks its own
+_SEGMENT_NAMES = ("mpich_shm_", "sm_segment.", "vader_segment.", "ucx_shm_")
+_EXTRAS = {OPEN_MPI: "openmpi", MPICH: "mpich", INTEL: "impi"}
+
+
+class Mpi(Communicator):
+    """The ranks of MPI_COMM_WORLD, on a duplicate of it."""
+
+    def __init__(self, announcement: Announcement, all_reduce: AllReduceKind) -> None:
+        """Start MPI where nobody has, and meet the other ranks. Collective; LaunchError if they are not there."""
+        _refuse_other_launcher(announcement)
+        foreign = _foreign_segments()
+        if parent_name() != "slurmstepd":  # which sees to its tasks itself
+            die_with_parent()
+        if not MPI.Is_initialized():
+            MPI.Init_thread(MPI.THREAD_SERIALIZED)
+        if MPI.COMM_WORLD.size == 1 and (announcement.size or 1) > 1:
+            raise LaunchError(_strangers(announcement))
+        self._mpi = MPI.COMM_WORLD.Dup()
+        self.rank = self._mpi.rank
+        self.size = self._mpi.size
+        self.all_reduce = self._all_reduce(all_reduce)
+        self._patience = Patience()
+        self._meet()
+        unlink_segments(mapped_segments() - foreign)
+        self._patience = Patience(crowded=self.host_size > len(Topology.detect().cores))
+
+    def broadcast(self, array: NDArray[Any]) -> None:
+        """Overwrite `array` on every rank with rank 0's."""
+        self._wait(self._mpi.Ibcast(_bytes(array), root=0))
+
+    def gather(self, local: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]] | None:
+        """The ranks' arrays on rank 0, as one buffer cut into views."""
+        check_counts(local, counts, self.rank, self.size)
+        row = local.dtype.itemsize * int(np.prod(local.shape[1:], dtype=np.int64))
+        lengths = [count * row for count in counts]
+        if not self.is_root:
+            self._wait(self._mpi.Igatherv(_bytes(local), None, root=0))
+            return None
+        received = np.empty((sum(counts), *local.shape[1:]), local.dtype)
+        self._wait(self._mpi.Igatherv(_bytes(local), [_bytes(received), lengths], root=0))
+        return np.split(received, np.cumsum(counts)[:-1])
+
+    def all_gather(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The arrays of all ranks on a new first axis."""
+        received = np.empty((self.size, *array.shape), array.dtype)
+        self._wait(self._mpi.Iallgather(_bytes(array), _bytes(received)))
+        return received
+
+    def barrier(self) -> None:
+        """Return once every rank has come here."""
+        self._wait(self._mpi.Ibarrier())
+
+    def send_message(self, array: NDArray[Any]) -> None:
+        """Rank 0's side of the broadcast that the others sleep in."""
+        assert self.is_root
+        self.broadcast(array)
+
+    def wait_message(self, array: NDArray[Any]) -> None:
+        """The others' side."""
+        assert not self.is_root
+        self.broadcast(array)
+
+    def broadcast_object(self, value: T | None) -> T:
+        """Rank 0's `value`, pickled: its length first, then its bytes."""
+        payload = np.frombuffer(pickle.dumps(value), np.uint8) if self.is_root else np.empty(0, np.uint8)
+        length = np.array([payload.size])
+        self.broadcast(length)
+        if not self.is_root:
+            payload = np.empty(int(length[0]), np.uint8)
+        # rank 0's bytes are read only, which a broadcast does not ask: it writes nothing there
+        self._wait(self._mpi.Ibcast(payload.copy() if self.is_root else payload, root=0))
+        result: T = value if self.is_root and value is not None else pickle.loads(payload.tobytes())
+        return result
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's `value`, pickled: all lengths first, then the bytes."""
+        payload = np.frombuffer(pickle.dumps(value), np.uint8)
+        lengths = self.all_gather(np.array([payload.size]))[:, 0]
+        received = np.empty(int(lengths.sum()), np.uint8)
+        self._wait(self._mpi.Iallgatherv(payload, [received, lengths.tolist()]))
+        pieces = np.split(received, np.cumsum(lengths)[:-1])
+        return [pickle.loads(piece.tobytes()) for piece in pieces]
+
+    def abort(self, code: int) -> NoReturn:
+        """MPI_Abort, after what was printed has been flushed."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._mpi.Abort(code)
+        raise AssertionError("MPI_Abort returned")
+
+    def _wait(self, request: MPI.Request) -> None:
+        self._patience.wait(request.Test)
+
+    def _meet(self) -> None:
+        """Learn who is on which host: the first collective over all ranks, with which every host's segments exist."""
+        host = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        first = host.bcast(self.rank, root=0)
+        host.Free()
+        met = self.all_gather_object((first, MPI.Get_processor_name()))
+        firsts = sorted({first for first, _ in met})
+        self.hosts = tuple(met[first][1] for first in firsts)
+        self.host_of = tuple(firsts.index(first) for first, _ in met)
+        # the rank that comes last has mapped what there is to map: from here on no segment needs its name
+        self.barrier()
+
+    def _all_reduce(self, kind: AllReduceKind) -> AllReduce:
+        if kind == "ordered":
+            function, handles = mpi_call(self._mpi, "MPI_Allgather")
+        else:
+            function, handles = mpi_call(self._mpi, "MPI_Allreduce")
+        return AllReduce(kind, function, handles)
+
+
+def mpi_call(comm: MPI.Comm, name: MpiFunction) -> tuple[int, tuple[int, ...]]:
+    """The address of an MPI function in the library that mpi4py uses, and the handles to call it with on float32.
+
+    Handles are 64-bit integers, whether the library's are `int` (MPICH, Intel MPI) or pointers (Open MPI): passed as
+    int64 both arrive. In order: the float datatype, for MPI_Allreduce the sum operation, the communicator.
+    """
+    # the extension module is loaded already, and a look-up through it also searches the library it was linked with
+    library = ctypes.CDLL(MPI.__file__)
+    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+    assert address is not None
+    objects = (MPI.FLOAT, comm) if name == "MPI_Allgather" else (MPI.FLOAT, MPI.SUM, comm)
+    # an int handle with its top bit set comes sign-extended and unsigned
+    handles = (MPI._handleof(each) for each in objects)
+    return address, tuple(handle - (1 << 64) if handle >> 63 else handle for handle in handles)
+
+
+def library_name() -> str:
+    """The MPI library in a few words, such as `MPICH 5.0.2`; starts nothing."""
+    vendor, version = MPI.get_vendor()
+    return f"{vendor} {'.'.join(map(str, version))}"
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """The array's own memory as bytes, whatever its dtype (MPI knows no bfloat16)."""
+    if not array.flags.c_contiguous:
+        raise ValueError(f"an array of shape {array.shape} is to be sent, but it is not C-contiguous")
+    return array.reshape(-1).view(np.uint8)
+
+
+def _foreign_segments() -> frozenset[str]:
+    """The named segments that are mapped now and are not MPI's."""
+    mapped = mapped_segments()
+    if not MPI.Is_initialized():
+        return mapped
+    return frozenset(path for path in mapped if not Path(path).name.startswith(_SEGMENT_NAMES))
+
+
+def _refuse_other_launcher(announcement: Announcement) -> None:
+    """Refuse, before MPI starts, a library that cannot speak to this launcher: MPI itself would abort or be alone."""
+    open_mpi = MPI.get_vendor()[0] == "Open MPI"
+    hydra = announcement.launcher in (MPICH, INTEL)
+    known = MPI.get_vendor()[0] in ("MPICH", "Intel MPI", "MVAPICH")
+    if (hydra and open_mpi) or (announcement.launcher == OPEN_MPI and known):
+        raise LaunchError(_strangers(announcement))
+
+
+def _strangers(announcement: Announcement) -> str:
+    """The one line for a launcher and a library that do not find each other."""
+    found = f"{announcement.launcher} started {announcement.size} processes, but each is alone in {library_name()}"
+    if announcement.launcher == SRUN:
+        return f"{found}; try srun --mpi=pmi2 (MPICH, Intel MPI) or --mpi=pmix (Open MPI), or mpiexec in the allocation"
+    beside = Path(sys.executable).with_name("mpiexec")
+    own = str(beside) if beside.exists() else "the mpiexec of that library"
+    extra = _EXTRAS.get(announcement.launcher)
+    return f"{found}; start with {own}" + (f", or pip install 'tpcpu[{extra}]' for this launcher" if extra else "")
