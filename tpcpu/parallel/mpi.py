@@ -27,13 +27,11 @@ from tpcpu.parallel.announcement import INTEL, MPICH, OPEN_MPI, SRUN, Announceme
 from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, check_counts  # noqa: E402
 from tpcpu.parallel.lifeline import die_with_parent, parent_name  # noqa: E402
 from tpcpu.parallel.patience import Patience  # noqa: E402
-from tpcpu.parallel.segments import mapped_segments, unlink_segments  # noqa: E402
+from tpcpu.parallel.segments import MPI_NAMES, mapped_segments, unlink_segments  # noqa: E402
 from tpcpu.parallel.topology import Topology  # noqa: E402
 
 MpiFunction = Literal["MPI_Allgather", "MPI_Allreduce"]
 
-# how MPICH, Open MPI and UCX name theirs; Intel MPI unlinks its own
-_SEGMENT_NAMES = ("mpich_shm_", "sm_segment.", "vader_segment.", "ucx_shm_")
 _EXTRAS = {OPEN_MPI: "openmpi", MPICH: "mpich", INTEL: "impi"}
 
 
@@ -180,7 +178,7 @@ def _foreign_segments() -> frozenset[str]:
     mapped = mapped_segments()
     if not MPI.Is_initialized():
         return mapped
-    return frozenset(path for path in mapped if not Path(path).name.startswith(_SEGMENT_NAMES))
+    return frozenset(path for path in mapped if not Path(path).name.startswith(MPI_NAMES))
 
 
 def _refuse_other_launcher(announcement: Announcement) -> None:

@@ -6,10 +6,15 @@ unlinked, it lives as long as its last process and vanishes with it.
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 _FOLDER = "/dev/shm/"
+
+
+# how MPICH, Open MPI and UCX name theirs; Intel MPI unlinks its own
+MPI_NAMES = ("mpich_shm_", "sm_segment.", "vader_segment.", "ucx_shm_")
 
 
 def mapped_segments(process: Path = Path("/proc/self")) -> frozenset[str]:
@@ -29,3 +34,28 @@ def unlink_segments(paths: Iterable[str]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def named_segments() -> frozenset[str]:
+    """This user's segments whose names are those of an MPI library."""
+    found = set()
+    with contextlib.suppress(OSError), os.scandir(_FOLDER) as entries:
+        for entry in entries:
+            if entry.name.startswith(MPI_NAMES) and entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                found.add(entry.path)
+    return frozenset(found)
+
+
+def unlink_orphans(older: frozenset[str]) -> frozenset[str]:
+    """Unlink MPI segments that no process maps, except those in `older`; returns their paths.
+
+    A job that is starting maps its segment right after creating it, so only what is unmapped twice, a moment apart,
+    is an orphan.
+    """
+    orphans = named_segments() - older
+    for pause in (0.0, 0.05):
+        if orphans:
+            time.sleep(pause)
+            orphans -= frozenset[str]().union(*map(mapped_segments, Path("/proc").glob("[0-9]*")))
+    unlink_segments(orphans)
+    return orphans

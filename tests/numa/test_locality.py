@@ -1,0 +1,57 @@
+"""Memory stays with its rank on four sockets: boots the virtual machine of machine.py and runs guest.py in it."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.numa import guest, machine
+from tpcpu.parallel import launcher
+
+pytestmark = pytest.mark.full
+
+PROJECT = Path(__file__).parents[2]
+RANKS = 4
+
+
+def guest_script(command: list[str], environ: dict[str, str]) -> str:
+    """A script for the guest that runs `command` in the project's folder with additional variables."""
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environ.items())
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
+    return f"cd {shlex.quote(str(PROJECT))}\nexport PATH={shlex.quote(path)}\n{exports}exec {shlex.join(command)}\n"
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, list[dict[str, Any]]]:
+    """What the guest's ranks found, by check."""
+    command = launcher.command(RANKS, [sys.executable, "-m", "tests.numa.guest"])
+    code, output = machine.run(guest_script(command, {"PYTHONDONTWRITEBYTECODE": "1"}), timeout=400)
+    lines = [line for line in output.splitlines() if line.startswith(guest.MARK)]
+    assert code == 0, output
+    assert len(lines) == 1, output
+    found: dict[str, list[dict[str, Any]]] = json.loads(lines[0].removeprefix(guest.MARK))
+    return found
+
+
+def test_four_sockets_are_seen(facts: dict[str, list[dict[str, Any]]]) -> None:
+    for rank, seen in enumerate(facts["topology"]):
+        assert (seen["sockets"], seen["nodes"], seen["default_ranks"]) == (4, 4, 4)
+        assert seen["description"] == "4 sockets, 4 NUMA nodes, 4 cores"
+        assert (seen["cpus"], seen["own_nodes"]) == ([rank], [rank])
+
+
+def test_touched_pages_are_on_their_own_node(facts: dict[str, list[dict[str, Any]]]) -> None:
+    for rank, seen in enumerate(facts["arena"]):
+        assert seen["pages"] > 1000
+        assert seen["local"] >= 0.99
+        assert seen["local"] + seen["elsewhere"] == pytest.approx(1.0)
+        assert seen["line"].startswith(f"rank {rank}: ")
+
+
+def test_a_preferred_node_wins_over_first_touch(facts: dict[str, list[dict[str, Any]]]) -> None:
+    for seen in facts["preferred"]:
+        assert seen["accepted"]
+        assert seen["local"] == 1.0
