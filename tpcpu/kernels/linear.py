@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel
 from tpcpu.kernels.isa import selected
-from tpcpu.kernels.memory import F32, I32, I64, load_i64
+from tpcpu.kernels.memory import F32, I32, load_i64
 from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, FLOATS, INT8, NF4, NF4_SINGLE
 from tpcpu.kernels.simd import emit as e
 from tpcpu.kernels.simd import instructions as isa

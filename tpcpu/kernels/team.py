@@ -41,7 +41,7 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _CHILDREN = 4
-"""Threads whose arrival one thread waits for: the barrier is a tree, so that no line is fought over by a whole socket."""
+"""Threads whose arrival one waits for: the barrier is a tree, so that a socket does not fight over one line."""
 
 
 @helper

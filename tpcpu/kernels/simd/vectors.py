@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from tpcpu.kernels.compile import helper
-from tpcpu.kernels.memory import F32, I8, I16, I32
+from tpcpu.kernels.memory import I8, I16, I32
 from tpcpu.kernels.simd import emit
 
 LANES = emit.LANES

@@ -1,0 +1,135 @@
+"""Memory of a compiled program: buffers that are reused, and records that name their addresses.
+
+Knows when a buffer is last read; nothing of kernels' arithmetic.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpcpu.kernels import record as R
+from tpcpu.kernels.compile import Kernel
+from tpcpu.parallel.numa import Arena, arena
+from tpcpu.program.operations import BLOCK, Buffer
+
+
+@dataclass
+class CacheMemory:
+    """Where the cache of all sequences lies: what operations on it need to know, by layer or number of state.
+
+    Keys of a page: heads x tiles of 16 positions x dim x 16; values: heads x positions x dim; bfloat16 if `half`,
+    else float32. States: one row of float32 a sequence.
+    """
+
+    half: bool
+    page_tokens: int
+    max_positions: int
+    keys: Sequence[int]
+    values: Sequence[int]
+    page_bytes: Sequence[int]
+    states: Sequence[int]
+    state_bytes: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A buffer's memory: tokens lie `stride` bytes apart, the rank's own features begin at `own`."""
+
+    address: int
+    stride: int
+    own: int
+
+
+def stride_bytes(width: int) -> int:
+    """From token to token: whole blocks, and one more so that kernels may read and write whole registers."""
+    return 4 * (-(-width // BLOCK) * BLOCK + BLOCK)
+
+
+class Buffers:
+    """Gives every buffer memory for as long as it is needed.
+
+    Memory is passed on only between buffers of one width and one place of their own features: what lies outside
+    these is never written and has to stay zero.
+    """
+
+    def __init__(self, tokens: int, last_use: Mapping[str, int]) -> None:
+        self._tokens = tokens
+        self._last_use = last_use
+        self._places: dict[str, Place] = {}
+        self._free: dict[tuple[int, int, int], list[Place]] = {}
+        self._busy: list[tuple[int, tuple[int, int, int], Place]] = []
+        self._arenas: list[Arena] = []
+        self.nbytes = 0
+
+    def __getitem__(self, buffer: Buffer) -> Place:
+        return self._places[buffer.name]
+
+    def new(self, buffer: Buffer) -> Place:
+        """Memory for a buffer that is written now."""
+        kind = (buffer.width, buffer.own.start, buffer.own.stop)
+        free = self._free.setdefault(kind, [])
+        place = free.pop() if free else self._allocate(buffer)
+        self._places[buffer.name] = place
+        self._busy.append((self._last_use.get(buffer.name, -1), kind, place))
+        return place
+
+    def alias(self, buffer: Buffer, of: Buffer) -> None:
+        """The same memory under another name; `last_use` of `of` covers both."""
+        self._places[buffer.name] = self._places[of.name]
+
+    def release(self, stage: int) -> None:
+        """Takes back what no stage after this one reads."""
+        for entry in [entry for entry in self._busy if entry[0] <= stage]:
+            self._busy.remove(entry)
+            self._free[entry[1]].append(entry[2])
+
+    def _allocate(self, buffer: Buffer) -> Place:
+        stride = stride_bytes(buffer.width)
+        address = self.take(self._tokens * stride)
+        return Place(address, stride, address + 4 * buffer.own.start)
+
+    def take(self, nbytes: int) -> int:
+        """Zeroed memory that is never passed on; its address is a multiple of 64."""
+        nbytes = -(-max(nbytes, 64) // 64) * 64
+        self.nbytes += nbytes
+        self._arenas.append(arena(nbytes))
+        return self._arenas[-1].address
+
+
+@dataclass
+class Records:
+    """The records of a program while they are written."""
+
+    step: int
+    kernels: set[Kernel] = field(default_factory=set)
+    _rows: list[tuple[Sequence[Kernel], dict[int, int]]] = field(default_factory=list)
+
+    def add(self, kernels: Kernel | Sequence[Kernel], words: Mapping[int, int], *, barrier: bool = True) -> None:
+        """One record: a kernel, or one for each class of token counts, and its operands by word."""
+        each = [kernels] * 3 if isinstance(kernels, Kernel) else kernels
+        self.kernels.update(each)
+        self._rows.append((each, {R.BARRIER: int(barrier), R.STEP: self.step, **words}))
+
+    def array(self) -> NDArray[np.int64]:
+        """(records, RECORD_WORDS) int64; the kernels must have been prepared."""
+        array = np.zeros((len(self._rows), R.RECORD_WORDS), np.int64)
+        for row, (kernels, words) in zip(array, self._rows, strict=True):
+            row[R.KERNELS : R.KERNELS + 3] = [kernel.address for kernel in kernels]
+            for word, value in words.items():
+                row[word] = value
+        return array
+
+
+def last_uses(reads: Sequence[Iterable[Buffer]], aliases: Mapping[str, str]) -> dict[str, int]:
+    """For each buffer's name the last stage that reads it; `aliases` name the buffer whose memory they are."""
+    last: dict[str, int] = {}
+    for stage, buffers in enumerate(reads):
+        for buffer in buffers:
+            name = buffer.name
+            last[name] = stage
+            while name in aliases:
+                name = aliases[name]
+                last[name] = stage
+    return last

@@ -1,0 +1,179 @@
+"""Weights as kernels read them, and how they get there: packed into panels by the threads that will read them.
+
+Knows memory layouts and formats by their kernels; nothing of checkpoints and models.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpcpu.kernels import pack
+from tpcpu.kernels import record as R
+from tpcpu.kernels.compile import Kernel, prepare
+from tpcpu.kernels.isa import selected
+from tpcpu.parallel.numa import Arena
+from tpcpu.parallel.team import Team
+from tpcpu.program.operations import BLOCK, Weight
+
+PANEL_ROWS = selected().panel_rows
+
+ELEMENT_BYTES = {R.BF16: 2, R.F16: 2, R.FLOAT32: 4}
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32, as a word of a record holds them."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A rank's rows and columns of a matrix in a published layout, before packing.
+
+    Arrays are two-dimensional, one row per row of the matrix, the last axis contiguous: `values` holds 4-bit codes
+    two to a byte (columns / 2 uint8), int8, or floats; `scales` holds scale codes (uint8) or scales (float32), one
+    per block. `groups` are the float32 scales of groups of 256 blocks, from the group `first_group` of the whole
+    tensor on; `code` the 256 values of scale codes.
+    """
+
+    form: int
+    values: NDArray[Any]
+    scales: NDArray[Any] | None = None
+    groups: NDArray[np.float32] | None = None
+    first_group: int = 0
+    code: NDArray[np.float32] | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix in memory: the words of its segment, and what keeps them alive."""
+
+    weight: Weight
+    form: int
+    segment: NDArray[np.int64]
+    nbytes: int
+    keep: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding: its rows lie in the mapped checkpoint, once per host."""
+
+    rows: NDArray[Any]
+    form: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A norm's weight or a bias, float32, followed by zeros up to a whole block."""
+
+    values: NDArray[np.float32]
+
+
+def padded(values: NDArray[Any]) -> Vector:
+    """`values` as float32, with room for kernels to read whole registers behind the end."""
+    out = np.zeros(-(-len(values) // BLOCK) * BLOCK + BLOCK, np.float32)
+    out[: len(values)] = values
+    return Vector(out)
+
+
+def packed_bytes(rows: int, columns: int, form: int) -> int:
+    """Bytes of arena that `pack_matrix` needs."""
+    values, scales = _sizes(rows, columns, form)
+    return _aligned(values) + _aligned(scales)
+
+
+def _sizes(rows: int, columns: int, form: int) -> tuple[int, int]:
+    """Bytes of packed values and scales."""
+    held = -(-rows // PANEL_ROWS) * PANEL_ROWS
+    if form in ELEMENT_BYTES:
+        return held * columns * ELEMENT_BYTES[form], 0
+    blocks = held * (columns // BLOCK)
+    return blocks * (BLOCK if form == R.INT8 else BLOCK // 2), blocks * (1 if form == R.NF4 else 4)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+class Packer:
+    """Packs the matrices of one rank, one after another, into an arena."""
+
+    def __init__(self, team: Team, arena: Arena) -> None:
+        self._team = team
+        self._arena = arena
+        self._used = 0
+
+    def pack(self, weight: Weight, source: Source) -> Packed:
+        """Copies `source` into panels. Every thread writes the panels that it packs: first touch places the pages."""
+        rows, columns = len(weight.rows), len(weight.columns)
+        values_bytes, scales_bytes = _sizes(rows, columns, source.form)
+        values, scales = self._take(values_bytes), self._take(scales_bytes)
+        jobs = []
+        if rows and columns:
+            jobs.append(self._job(_packer(source.form), source.values, rows, _units(columns, source.form), values))
+            if source.scales is not None:
+                size = source.scales.itemsize
+                jobs.append(self._job(pack.pack_elements(size), source.scales, rows, columns // BLOCK, scales))
+        if jobs:
+            self._team.run(np.concatenate(jobs))
+        segment = np.zeros(R.SEGMENT_WORDS, np.int64)
+        segment[R.S_VALUES], segment[R.S_SCALES] = values, scales
+        segment[R.S_ROWS], segment[R.S_COLUMNS] = rows, columns
+        segment[R.S_PANELS] = -(-rows // PANEL_ROWS)
+        keep: list[Any] = []
+        if source.form == R.NF4:
+            assert source.groups is not None
+            assert source.code is not None
+            # Rows that fill up the last panel look behind the last group.
+            blocks = weight.full_columns // BLOCK
+            behind = PANEL_ROWS * blocks // 256 + 2
+            groups = np.concatenate([source.groups, np.zeros(behind, np.float32)])
+            code = np.ascontiguousarray(source.code)
+            keep = [groups, code]
+            segment[R.S_GROUPS] = groups.ctypes.data - 4 * source.first_group
+            segment[R.S_CODE] = code.ctypes.data
+            segment[R.S_OFFSET] = float_bits(source.offset)
+            segment[R.S_FULL_BLOCKS] = blocks
+            segment[R.S_FIRST_BLOCK] = weight.rows.start * blocks + weight.columns.start // BLOCK
+        groups_bytes = 0 if source.groups is None else source.groups.nbytes
+        nbytes = values_bytes + scales_bytes + groups_bytes
+        return Packed(weight, source.form, segment, nbytes, (self._arena, *keep))
+
+    def _take(self, nbytes: int) -> int:
+        address = self._arena.address + self._used
+        self._used += _aligned(nbytes)
+        assert self._used <= self._arena.nbytes
+        return address
+
+    def _job(self, kernel: Kernel, source: NDArray[Any], rows: int, columns: int, out: int) -> NDArray[np.int64]:
+        assert source.strides[1] == source.itemsize
+        prepare([kernel])
+        record = np.zeros((1, R.RECORD_WORDS), np.int64)
+        record[0, R.KERNELS : R.KERNELS + 3] = kernel.address
+        record[0, R.BARRIER] = 1
+        record[0, R.STEP] = _IDLE_STEP.ctypes.data
+        record[0, R.P_SOURCE], record[0, R.P_ROW_BYTES] = source.ctypes.data, source.strides[0]
+        record[0, R.P_ROWS], record[0, R.P_COLUMNS], record[0, R.P_OUT] = rows, columns, out
+        return record
+
+
+_IDLE_STEP = np.zeros(R.STEP_WORDS, np.int64)
+"""Packing looks at no batch."""
+
+
+def _units(columns: int, form: int) -> int:
+    """Columns as the packing kernel of the format counts them."""
+    return columns // 2 if form in (R.NF4, R.NF4_SINGLE) and PANEL_ROWS == 1 else columns
+
+
+def _packer(form: int) -> Kernel:
+    if form in ELEMENT_BYTES:
+        return pack.pack_elements(ELEMENT_BYTES[form])
+    if PANEL_ROWS == 1:
+        # Plain kernels read the published layouts.
+        return pack.pack_elements(1)
+    return pack.pack_int8 if form == R.INT8 else pack.pack_nf4
