@@ -1,0 +1,171 @@
+"""A checkpoint: a folder with `config.json` and weights in one or many files, safetensors or torch.
+
+Opening it reads headers only. Each tensor is a view of its file's pages, read when touched, and given back by `release`.
+
+Knows which files a folder should have and how an index names them. Knows nothing of what the tensors are for.
+"""
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import numpy.typing as npt
+
+from tpcpu.checkpoint import hub
+from tpcpu.checkpoint.header import StoredTensor, parse_json
+from tpcpu.checkpoint.mapped import MappedFile
+from tpcpu.checkpoint.torch_file import TorchFile
+from tpcpu.errors import CheckpointError
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+MAX_JSON_BYTES = 64 << 20  # the largest index published is a few megabytes
+
+
+class Checkpoint:
+    """An open checkpoint. A context manager; views that were taken outlive it."""
+
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]  # in the order of the files, and of the data in them
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open the folder `path`, or the model of that name in the local Hugging Face cache.
+
+        Raises CheckpointError naming file and fault: no such folder, no config, no weights, files that an index names and that
+        are absent, damaged files, a tensor in two files.
+        """
+        self = cls()
+        self.path = _find(path)
+        if not (self.path / "config.json").is_file():
+            raise CheckpointError(f"{self.path}: no config.json; expected the folder of a Hugging Face model")
+        self.config = read_json(self.path / "config.json")
+        generation = self.path / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.is_file() else {}
+        self.files, weight_map = _weight_files(self.path)
+        self._open = {}
+        owners: dict[str, MappedFile | TorchFile] = {}
+        tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            opened: MappedFile | TorchFile = TorchFile(file) if file.suffix == ".bin" else MappedFile(file)
+            self._open[file] = opened
+            for tensor in opened.tensors if isinstance(opened, TorchFile) else opened.header.tensors:
+                if weight_map.get(tensor.name, file.name) != file.name:
+                    continue  # the index says that another file's copy counts
+                if tensor.name in tensors:
+                    raise CheckpointError(
+                        f"tensor {tensor.name} is in {tensors[tensor.name].file} and in {file}, and no index says which counts"
+                    )
+                tensors[tensor.name], owners[tensor.name] = tensor, opened
+        for name, file_name in weight_map.items():
+            if name not in tensors:
+                raise CheckpointError(f"{self.path / file_name}: tensor {name} is missing, which the index says is there")
+        self.tensors, self._owners = MappingProxyType(tensors), owners
+        return self
+
+    _open: dict[Path, MappedFile | TorchFile]
+    _owners: dict[str, MappedFile | TorchFile]
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        """The tensor called `name`, unread. Raises CheckpointError naming checkpoint and tensor."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        return self.tensors[name]
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """The tensor as a read-only view of its file; float32, float16, bfloat16 (ml_dtypes), uint8, int8, …
+
+        Nothing is read until it is touched. Raises CheckpointError for an unknown name or a dtype that numpy cannot hold.
+        """
+        return self._owners[self[name].name].array(self.tensors[name])
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Give the pages of the tensor's bytes `start` to `stop` back to the system. Views stay valid: they are read again."""
+        self._advise(name, start, stop, mmap.MADV_DONTNEED)
+
+    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Ask the system to read the tensor's bytes `start` to `stop` ahead; returns at once, and costs no memory of ours."""
+        self._advise(name, start, stop, mmap.MADV_WILLNEED)
+
+    def _advise(self, name: str, start: int, stop: int | None, advice: int) -> None:
+        tensor = self[name]
+        self._owners[name].advise(tensor, start, tensor.nbytes if stop is None else min(stop, tensor.nbytes), advice)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._open.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`. Raises CheckpointError naming file and fault."""
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes; no more than {MAX_JSON_BYTES} are read")
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_json(text, str(path))
+
+
+def _find(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path}: is a file; expected the folder that holds config.json and the weights")
+    if (cached := hub.find(str(path))) is not None:
+        return cached
+    raise CheckpointError(
+        f"{path}: no such folder, and no model of that name in {hub.cache_folder()}; nothing is downloaded"
+    )
+
+
+def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """The files that hold weights, and, where an index says so, the file of each tensor. Safetensors come first."""
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
+        if (folder / single).is_file():
+            return (folder / single,), {}
+        if (folder / index).is_file():
+            weight_map = read_index(folder / index)
+            names = sorted(set(weight_map.values()))
+            absent = [name for name in names if not (folder / name).is_file()]
+            if absent:
+                shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+                raise CheckpointError(f"{folder / index}: names files that are not there: {shown}; download them again")
+            return tuple(folder / name for name in names), weight_map
+    shards = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    found = f"found {', '.join(shards[:3])} but no index" if shards else "found neither"
+    raise CheckpointError(f"{folder}: expected {SAFETENSORS}, {SAFETENSORS_INDEX}, {TORCH} or {TORCH_INDEX}; {found}")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The `weight_map` of an index: tensor name to file name, both checked. Raises CheckpointError naming file and fault."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map of tensors to files")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _is_plain(file):
+            raise CheckpointError(f"{path}: tensor {tensor} is said to be in {file!r}; expected a file of the same folder")
+        if not file.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{path}: tensor {tensor} is said to be in {file!r}; expected .safetensors or .bin")
+    return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    # an index is data from elsewhere: it may name files beside it and nothing else
+    return PurePosixPath(name).name == name and "\0" not in name and len(name.encode(errors="replace")) < 256
