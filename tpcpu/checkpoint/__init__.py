@@ -1,6 +1,7 @@
 """Folders of weights: what is in them, lazily; writing them, atomically. The only package that knows safetensors."""
 
 from tpcpu.checkpoint.folder import Checkpoint
-from tpcpu.checkpoint.header import StoredTensor
+from tpcpu.checkpoint.header import StoredTensor, read_header
+from tpcpu.checkpoint.writer import FolderWriter, Planned, WeightsWriter
 
-__all__ = ["Checkpoint", "StoredTensor"]
+__all__ = ["Checkpoint", "FolderWriter", "Planned", "StoredTensor", "WeightsWriter", "read_header"]

@@ -145,7 +145,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
             names = sorted(set(weight_map.values()))
             absent = [name for name in names if not (folder / name).is_file()]
             if absent:
-                shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+                shown = ", ".join(map(repr, absent[:3])) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
                 raise CheckpointError(f"{folder / index}: names files that are not there: {shown}; download them again")
             return tuple(folder / name for name in names), weight_map
     shards = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
@@ -160,9 +160,9 @@ def read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: has no weight_map of tensors to files")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not _is_plain(file):
-            raise CheckpointError(f"{path}: tensor {tensor} is said to be in {file!r}; expected a file of the same folder")
+            raise CheckpointError(f"{path}: tensor {tensor!r} is said to be in {file!r}; expected a file of the same folder")
         if not file.endswith((".safetensors", ".bin")):
-            raise CheckpointError(f"{path}: tensor {tensor} is said to be in {file!r}; expected .safetensors or .bin")
+            raise CheckpointError(f"{path}: tensor {tensor!r} is said to be in {file!r}; expected .safetensors or .bin")
     return weight_map
 
 

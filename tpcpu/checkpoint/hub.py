@@ -27,7 +27,8 @@ def find(name: str) -> Path | None:
     model = cache_folder() / f"models--{name.replace('/', '--')}"
     try:
         revision = (model / "refs" / "main").read_text(encoding="ascii").strip()
-        if (snapshot := model / "snapshots" / revision).is_dir() and re.fullmatch(r"[\w.-]+", revision):
+        snapshot = model / "snapshots" / revision
+        if re.fullmatch(r"\w+", revision) and snapshot.is_dir():
             return snapshot
     except (OSError, UnicodeDecodeError):
         pass
