@@ -49,9 +49,7 @@ def test_nf4(values, dtype):
     assert bad == -1
     assert np.array_equal(maxima, nf4.block_maxima(values))
     codes = np.zeros(values.size // 2, np.uint8)
-    kernels.nf4_codes(
-        CODES[dtype], values.ctypes.data, 1, maxima.size, 0, maxima.ctypes.data, 0, codes.ctypes.data, 0
-    )
+    kernels.nf4_codes(CODES[dtype], values.ctypes.data, 1, maxima.size, 0, maxima.ctypes.data, 0, codes.ctypes.data, 0)
     assert np.array_equal(codes, expected.codes)
     scale_codes = np.full(maxima.size, 99, np.uint8)
     groups = np.zeros(-(-maxima.size // 256), np.float32)

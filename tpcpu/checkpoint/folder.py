@@ -1,6 +1,7 @@
 """A checkpoint: a folder with `config.json` and weights in one or many files, safetensors or torch.
 
-Opening it reads headers only. Each tensor is a view of its file's pages, read when touched, and given back by `release`.
+Opening it reads headers only. Each tensor is a view of its file's pages, read when touched, and given back by
+`release`.
 
 Knows which files a folder should have and how an index names them. Knows nothing of what the tensors are for.
 """
@@ -38,8 +39,8 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Self:
         """Open the folder `path`, or the model of that name in the local Hugging Face cache.
 
-        Raises CheckpointError naming file and fault: no such folder, no config, no weights, files that an index names and that
-        are absent, damaged files, a tensor in two files.
+        Raises CheckpointError naming file and fault: no such folder, no config, no weights, files that an index names
+        and that are absent, damaged files, a tensor in two files.
         """
         self = cls()
         self.path = _find(path)
@@ -60,12 +61,15 @@ class Checkpoint:
                     continue  # the index says that another file's copy counts
                 if tensor.name in tensors:
                     raise CheckpointError(
-                        f"tensor {tensor.name} is in {tensors[tensor.name].file} and in {file}, and no index says which counts"
+                        f"tensor {tensor.name} is in {tensors[tensor.name].file} and in {file},"
+                        " and no index says which counts"
                     )
                 tensors[tensor.name], owners[tensor.name] = tensor, opened
         for name, file_name in weight_map.items():
             if name not in tensors:
-                raise CheckpointError(f"{self.path / file_name}: tensor {name} is missing, which the index says is there")
+                raise CheckpointError(
+                    f"{self.path / file_name}: tensor {name} is missing, which the index says is there"
+                )
         self.tensors, self._owners = MappingProxyType(tensors), owners
         return self
 
@@ -81,16 +85,19 @@ class Checkpoint:
     def array(self, name: str) -> npt.NDArray[Any]:
         """The tensor as a read-only view of its file; float32, float16, bfloat16 (ml_dtypes), uint8, int8, …
 
-        Nothing is read until it is touched. Raises CheckpointError for an unknown name or a dtype that numpy cannot hold.
+        Nothing is read until it is touched. Raises CheckpointError for an unknown name or a dtype that numpy cannot
+        hold.
         """
         return self._owners[self[name].name].array(self.tensors[name])
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Give the pages of the tensor's bytes `start` to `stop` back to the system. Views stay valid: they are read again."""
+        """Give the pages of the tensor's bytes `start` to `stop` back to the system. Views stay valid: they are read
+        again."""
         self._advise(name, start, stop, mmap.MADV_DONTNEED)
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Ask the system to read the tensor's bytes `start` to `stop` ahead; returns at once, and costs no memory of ours."""
+        """Ask the system to read the tensor's bytes `start` to `stop` ahead; returns at once, and costs no memory of
+        ours."""
         self._advise(name, start, stop, mmap.MADV_WILLNEED)
 
     def _advise(self, name: str, start: int, stop: int | None, advice: int) -> None:
@@ -154,13 +161,16 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The `weight_map` of an index: tensor name to file name, both checked. Raises CheckpointError naming file and fault."""
+    """The `weight_map` of an index: tensor name to file name, both checked. Raises CheckpointError naming file and
+    fault."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map of tensors to files")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not _is_plain(file):
-            raise CheckpointError(f"{path}: tensor {tensor!r} is said to be in {file!r}; expected a file of the same folder")
+            raise CheckpointError(
+                f"{path}: tensor {tensor!r} is said to be in {file!r}; expected a file of the same folder"
+            )
         if not file.endswith((".safetensors", ".bin")):
             raise CheckpointError(f"{path}: tensor {tensor!r} is said to be in {file!r}; expected .safetensors or .bin")
     return weight_map

@@ -1,7 +1,7 @@
 """What a safetensors file says about itself: names, dtypes, shapes and places of its tensors.
 
-The `safetensors` library's own parser decides whether a file is valid; the places, which it keeps to itself, are then read from
-the JSON header, where a name that stands twice is refused. Sizes are bounded before anything is allocated.
+The `safetensors` library's own parser decides whether a file is valid; the places, which it keeps to itself, are then
+read from the JSON header, where a name that stands twice is refused. Sizes are bounded before anything is allocated.
 
 Knows the format. Knows nothing of models and of what the bytes mean.
 """
@@ -71,12 +71,19 @@ def read_header(path: Path) -> Header:
         with open(path, "rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; it is truncated or empty")
+                raise CheckpointError(
+                    f"{path}: {size} bytes are too few for a safetensors file; it is truncated or empty"
+                )
             length = struct.unpack("<Q", prefix)[0]
             if length > min(MAX_HEADER_BYTES, size - 8):
-                limit = f"{size} bytes of the file" if length <= MAX_HEADER_BYTES else f"{MAX_HEADER_BYTES} the format allows"
+                limit = (
+                    f"{size} bytes of the file"
+                    if length <= MAX_HEADER_BYTES
+                    else f"{MAX_HEADER_BYTES} the format allows"
+                )
                 raise CheckpointError(
-                    f"{path}: its header would be {length} bytes long, more than the {limit}; it is truncated or no safetensors file"
+                    f"{path}: its header would be {length} bytes long, more than the {limit};"
+                    " it is truncated or no safetensors file"
                 )
             text = file.read(length)
     except OSError as error:
@@ -140,17 +147,18 @@ def _diagnose(entries: dict[str, Any], data_bytes: int) -> str | None:
                 known = NUMPY_DTYPES.get(dtype)
                 if known is not None and math.prod(shape) * known.itemsize != stop - start:
                     wanted = math.prod(shape) * known.itemsize
-                    return f"tensor {name!r}: {dtype} of shape {shape} needs {wanted} bytes, its offsets span {stop - start}"
+                    return f"tensor {name!r}: {dtype} of shape {shape} needs {wanted} bytes, it has {stop - start}"
                 places.append((start, stop, name))
             case _:
                 return f"the entry of tensor {name!r} is not of the form dtype, shape, data_offsets"
     end, before = 0, "the header"
     for start, stop, name in sorted(places):
         if start != end:
-            return f"tensor {name!r} begins at byte {start} of the data, but {before!r} ends at {end}: they overlap or leave a hole"
+            gap = "overlap" if start < end else "leave a hole"
+            return f"tensor {name!r} begins at byte {start} of the data, but {before!r} ends at {end}: they {gap}"
         end, before = stop, name
     if end > data_bytes:
-        return f"tensor {before!r} ends at byte {end} of the data, outside the file, which holds {data_bytes}: it is truncated"
+        return f"tensor {before!r} ends at byte {end} of the data, outside the file ({data_bytes} bytes): truncated"
     if end < data_bytes:
         return f"{data_bytes - end} bytes after tensor {before!r} belong to no tensor"
     return None

@@ -1,7 +1,7 @@
 """One torch `.bin` file, through the interface of a mapped safetensors file.
 
-Torch is optional, and only reads: mapped, on the CPU, weights only, so that no pickle is executed. Files of the old format, from
-before torch 1.6, cannot be mapped and are refused.
+Torch is optional, and only reads: mapped, on the CPU, weights only, so that no pickle is executed. Files of the old
+format, from before torch 1.6, cannot be mapped and are refused.
 
 Knows torch's files. Knows nothing of folders.
 """
@@ -9,17 +9,20 @@ Knows torch's files. Knows nothing of folders.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from tpcpu.checkpoint.header import NUMPY_DTYPES, StoredTensor
 from tpcpu.checkpoint.mapped import advise
 from tpcpu.errors import CheckpointError
 
-_DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32", "torch.float64": "F64"} | {
-    f"torch.{torch_name}": name
-    for torch_name, name in (("uint8", "U8"), ("int8", "I8"), ("int16", "I16"), ("int32", "I32"), ("int64", "I64"))
-} | {"torch.bool": "BOOL"}
+_DTYPES = (
+    {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32", "torch.float64": "F64"}
+    | {
+        f"torch.{torch_name}": name
+        for torch_name, name in (("uint8", "U8"), ("int8", "I8"), ("int16", "I16"), ("int32", "I32"), ("int64", "I64"))
+    }
+    | {"torch.bool": "BOOL"}
+)
 
 
 class TorchFile:
@@ -38,12 +41,13 @@ class TorchFile:
         stored = self._loaded[tensor.name].detach().contiguous()
         dtype = NUMPY_DTYPES[tensor.dtype]
         # numpy knows no bfloat16 of torch's: cross over as bytes
-        view = stored.reshape(-1).view(_uint8()).numpy().view(dtype).reshape(tensor.shape)
+        view: npt.NDArray[Any] = stored.reshape(-1).view(_uint8()).numpy().view(dtype).reshape(tensor.shape)
         view.flags.writeable = False
         return view
 
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
-        """Advice for the bytes `start` to `stop` of the tensor. (A private mapping that nobody writes may be dropped too.)"""
+        """Advice for the bytes `start` to `stop` of the tensor. (A private mapping that nobody writes may be dropped
+        too.)"""
         stored = self._loaded[tensor.name]
         if stored.is_contiguous():
             advise(stored.data_ptr() + start, stop - start, advice)

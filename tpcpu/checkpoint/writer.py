@@ -1,8 +1,8 @@
 """Writing a folder so that it is complete or absent, and so that work survives an interruption.
 
-Everything goes to `DST.partial` beside the destination, each file under a temporary name until it is whole and on disk; at the
-end the folder is renamed. What was finished stays, with a note of the settings it was made with: the same job, begun again, goes on
-from there, and another one is refused. A lock keeps two jobs apart.
+Everything goes to `DST.partial` beside the destination, each file under a temporary name until it is whole and on disk;
+at the end the folder is renamed. What was finished stays, with a note of the settings it was made with: the same job,
+begun again, goes on from there, and another one is refused. A lock keeps two jobs apart.
 
 Knows files, locks and the safetensors format. Knows nothing of what the tensors are for.
 """
@@ -33,7 +33,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that will be written. `late`: its size is only bounded by `shape` (one dimension) until its bytes are there."""
+    """A tensor that will be written. `late`: its size is only bounded by `shape` (one dimension) until its bytes are
+    there."""
 
     name: str
     dtype: str  # as safetensors writes it
@@ -96,7 +97,8 @@ class FolderWriter:
         if [name for name in os.listdir(self.partial) if name != SETTINGS and not name.endswith(_TEMPORARY)]:
             differing = _differences(found, self._settings)
             raise OutputError(
-                f"{self.partial} was begun with other settings ({differing}); remove it to begin anew, or use the same again"
+                f"{self.partial} was begun with other settings ({differing});"
+                " remove it to begin anew, or use the same again"
             )
         os.ftruncate(self._lock, 0)
         _write_all(self._lock, wanted, 0)
@@ -162,17 +164,19 @@ class FolderWriter:
         finished = sum(path.stat().st_size for path in self.partial.glob("*") if path.suffix != _TEMPORARY)
         free = shutil.disk_usage(self.partial).free
         return OutputError(
-            f"{self.partial}: no room left: {max(self._room - finished, 0) / 1e9:.3f} GB more are needed, {free / 1e9:.3f} GB are"
-            " free; make room and run the same command again: it goes on after the files that are finished"
+            f"{self.partial}: no room left: {max(self._room - finished, 0) / 1e9:.3f} GB more are needed,"
+            f" {free / 1e9:.3f} GB are free; make room and run the same command again:"
+            " it goes on after the files that are finished"
         )
 
 
 class WeightsWriter:
     """One safetensors file in the making; `write` may be called from many threads. A context manager.
 
-    Places are settled beforehand, so that tensors can be written in any order: those whose size is a multiple of more come first,
-    which aligns every tensor to its items, and the large ones to 64 bytes. Late tensors, whose sizes are not known yet, come last,
-    after room for the longest header; what is left of it is filled with spaces, as the format allows.
+    Places are settled beforehand, so that tensors can be written in any order: those whose size is a multiple of more
+    come first, which aligns every tensor to its items, and the large ones to 64 bytes. Late tensors, whose sizes are
+    not known yet, come last, after room for the longest header; what is left of it is filled with spaces, as the format
+    allows.
     """
 
     def __init__(self, path: Path, tensors: Iterable[Planned]) -> None:
@@ -194,7 +198,7 @@ class WeightsWriter:
         """The bytes of contiguous `data` to the tensor `name`, from its byte `start` on."""
         tensor, position = self._places[name]
         assert start + data.nbytes <= tensor.nbytes, name
-        _write_all(self._file, memoryview(data.reshape(-1).view(np.uint8)), self._data_start + position + start)
+        _write_all(self._file, data.reshape(-1).view(np.uint8).data, self._data_start + position + start)
 
     def write_late(self, name: str, data: npt.NDArray[np.uint8]) -> None:
         """All bytes of the late tensor `name`."""

@@ -19,7 +19,9 @@ FORMATS = ("nf4", "int8", "bf16", "float32")
 def add_parser(subparsers: Any) -> None:
     """Add this command to the main program's parser."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "quantize", help="write a checkpoint in 4 or 8 bits", description="Write the checkpoint SRC to the new folder DST."
+        "quantize",
+        help="write a checkpoint in 4 or 8 bits",
+        description="Write the checkpoint SRC to the new folder DST.",
     )
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder, or a hub name in the local cache")
     parser.add_argument("dst", metavar="DST", help="a folder that does not exist; complete or absent afterwards")

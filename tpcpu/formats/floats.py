@@ -1,6 +1,7 @@
 """The float formats of checkpoints: bfloat16, float16, float32, and the way between them.
 
-Knows their names, their bits and IEEE rounding (to nearest, ties to even). Knows nothing of files and of tensors' meaning.
+Knows their names, their bits and IEEE rounding (to nearest, ties to even). Knows nothing of files and of tensors'
+meaning.
 """
 
 from typing import Any

@@ -1,11 +1,11 @@
 """int8 with one scale per 64: a format of our own, in numpy, the specification.
 
-Stored as two tensors. `X.weight` is int8 in the shape of the original. `X.weight.scale` is float32, (rows, columns / 64), where
-rows is the first dimension and columns the product of the others, a multiple of 64; blocks run along a row. A config says
-`"quantization_config": {"quant_method": "tpcpu_int8", "block": 64}`.
+Stored as two tensors. `X.weight` is int8 in the shape of the original. `X.weight.scale` is float32, (rows, columns /
+64), where rows is the first dimension and columns the product of the others, a multiple of 64; blocks run along a row.
+A config says `"quantization_config": {"quant_method": "tpcpu_int8", "block": 64}`.
 
-For each block `scale = max|x| / 127`, rounded to float32; `value = round(x / scale)` to nearest, ties to even, within ±127; a
-block whose scale is 0 holds zeros. The weight is `value × scale`, rounded once. Every step is float32.
+For each block `scale = max|x| / 127`, rounded to float32; `value = round(x / scale)` to nearest, ties to even, within
+±127; a block whose scale is 0 holds zeros. The weight is `value × scale`, rounded once. Every step is float32.
 
 Knows the arithmetic and the names. Knows nothing of files; `kernels/quantize.py` is tested against this.
 """
@@ -39,7 +39,8 @@ class Int8Tensor:
 
 
 def quantize(values: Array) -> Int8Tensor:
-    """`values` (at least two dimensions, rows of a multiple of 64; bfloat16, float16 or float32, all finite) in int8."""
+    """`values` (at least two dimensions, rows of a multiple of 64; bfloat16, float16 or float32, all finite) in
+    int8."""
     rows, columns = values.shape[0], math.prod(values.shape[1:])
     if columns % BLOCK:
         raise CheckpointError(f"int8 needs rows of a multiple of {BLOCK} values, found {columns}")
@@ -81,7 +82,9 @@ def from_tensors(name: str, get: Callable[[str], Array], names: Container[str]) 
         raise CheckpointError(f"tensor {name} has no {scale_name(name)}: it is not stored as int8")
     values, scales = get(name), get(scale_name(name))
     if values.dtype != np.int8 or values.ndim < 2:
-        raise CheckpointError(f"tensor {name}: found {values.dtype} of shape {list(values.shape)}, expected a matrix of int8")
+        raise CheckpointError(
+            f"tensor {name}: found {values.dtype} of shape {list(values.shape)}, expected a matrix of int8"
+        )
     rows, columns = values.shape[0], math.prod(values.shape[1:])
     expected = (rows, columns // BLOCK)
     if columns % BLOCK or scales.dtype != np.float32 or scales.shape != expected:

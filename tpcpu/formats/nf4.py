@@ -1,11 +1,12 @@
 """NF4 with double quantisation, as bitsandbytes publishes it: the specification, in numpy.
 
 A tensor is flattened row-major and cut into blocks of 64. Each value becomes one of 16 codes, relative to the largest
-magnitude of its block; two codes share a byte, the first in the high nibble. The block maxima, less their mean (the offset),
-become one of 256 codes relative to the largest of a group of 256 blocks.
+magnitude of its block; two codes share a byte, the first in the high nibble. The block maxima, less their mean (the
+offset), become one of 256 codes relative to the largest of a group of 256 blocks.
 
-Bit for bit what bitsandbytes 0.50.2 computes on a CPU, in both directions, given the offset. The offset is our own: the mean of
-the block maxima summed in float64 and rounded once, where theirs is a float32 mean whose last bit follows the number of threads.
+Bit for bit what bitsandbytes 0.50.2 computes on a CPU, in both directions, given the offset. The offset is our own: the
+mean of the block maxima summed in float64 and rounded once, where theirs is a float32 mean whose last bit follows the
+number of threads.
 
 Knows the arithmetic and the names of the parts of a stored tensor. Knows nothing of files; the compiled quantiser
 (`kernels/quantize.py`) is tested against this.
@@ -58,16 +59,18 @@ class Nf4Tensor:
         return self.codes.nbytes + self.absmax.nbytes + self.nested_absmax.nbytes
 
     def scales(self) -> npt.NDArray[np.float32]:
-        """The scale of each block, (blocks,) float32: code × group scale, rounded, plus offset, rounded. Never fused."""
+        """The scale of each block, (blocks,) float32: code × group scale, rounded, plus offset, rounded. Never
+        fused."""
         if not self.nested:
-            return self.absmax
+            return self.absmax.view(np.float32)
         groups = np.repeat(self.nested_absmax, GROUP)[: self.absmax.size]
         product: npt.NDArray[np.float32] = self.nested_code[self.absmax] * groups
         return product + self.offset
 
 
 def block_maxima(values: Array) -> npt.NDArray[np.float32]:
-    """Largest magnitude of each block of 64 of the flattened `values`, float32. A short last block counts at least 1e-38."""
+    """Largest magnitude of each block of 64 of the flattened `values`, float32. A short last block counts at least
+    1e-38."""
     flat = np.abs(to_float32(values.reshape(-1)))
     full = flat.size // BLOCK * BLOCK
     maxima = flat[:full].reshape(-1, BLOCK).max(axis=1, initial=0)
@@ -86,11 +89,11 @@ def quantize_scales(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     """Scale codes (blocks,) uint8 and group scales (groups,) float32 of whole groups of block maxima."""
     one, half, steps = np.float32(1), np.float32(0.5), np.float32(32767.5)
-    rest = np.zeros(-(-maxima.size // GROUP) * GROUP, np.float32)
-    np.subtract(maxima, offset, out=rest[: maxima.size])
-    rest = rest.reshape(-1, GROUP)
+    rest = np.zeros((-(-maxima.size // GROUP), GROUP), np.float32)
+    np.subtract(maxima, offset, out=rest.reshape(-1)[: maxima.size])
     groups = np.abs(rest).max(axis=1, initial=0)
-    # a group of equal scales has nothing to divide by: bitsandbytes gives it code 0, and so does the zero put for NaN here
+    # a group of equal scales has nothing to divide by: bitsandbytes gives it code 0, and so does the zero put for NaN
+    # here
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         relative = np.clip(rest * (one / groups)[:, None], -one, one)
     index = np.nan_to_num((relative + one) * steps + half, nan=0.0).astype(np.int64)
@@ -110,7 +113,7 @@ def quantize_codes(values: Array, maxima: npt.NDArray[np.float32]) -> npt.NDArra
     codes = np.searchsorted(NF4_MIDPOINTS, relative, side="left").astype(np.uint8)
     if codes.size % 2:
         codes = np.append(codes, np.uint8(np.searchsorted(NF4_MIDPOINTS, 0.0)))
-    return (codes[0::2] << 4) | codes[1::2]
+    return np.bitwise_or(codes[0::2] << 4, codes[1::2], dtype=np.uint8)
 
 
 def quantize(values: Array, *, nested: bool = True, offset: np.float32 | None = None) -> Nf4Tensor:
@@ -166,7 +169,8 @@ def to_tensors(name: str, tensor: Nf4Tensor) -> dict[str, Array]:
 
 
 def is_stored(name: str, names: Container[str]) -> bool:
-    """Whether `name` is stored in a 4-bit format of bitsandbytes (also one that cannot be read: then reading says so)."""
+    """Whether `name` is stored in a 4-bit format of bitsandbytes (also one that cannot be read: then reading says
+    so)."""
     return any(f"{name}.quant_state.bitsandbytes__{kind}" in names for kind in ("nf4", "fp4"))
 
 
@@ -179,7 +183,8 @@ def part_names(name: str) -> tuple[str, ...]:
 def from_tensors(name: str, get: Callable[[str], Array], names: Container[str]) -> Nf4Tensor:
     """Read the tensor called `name` from its stored parts; `get` returns one, `names` has all of the checkpoint.
 
-    Raises CheckpointError naming tensor and fault: another 4-bit type, another block size, parts missing or of wrong size.
+    Raises CheckpointError naming tensor and fault: another 4-bit type, another block size, parts missing or of wrong
+    size.
     """
     if f"{name}.quant_state.bitsandbytes__fp4" in names:
         raise CheckpointError(f"tensor {name} is stored as FP4, which is not supported; quantise the model as NF4")
@@ -227,7 +232,9 @@ def from_tensors(name: str, get: Callable[[str], Array], names: Container[str]) 
 def _read_state(name: str, packed: Array) -> dict[str, Any]:
     where = f"tensor {name}.{STATE_KEY}"
     if packed.dtype != np.uint8 or packed.size > 4096:
-        raise CheckpointError(f"{where}: found {packed.size} values of {packed.dtype}, expected a short JSON text as uint8")
+        raise CheckpointError(
+            f"{where}: found {packed.size} values of {packed.dtype}, expected a short JSON text as uint8"
+        )
     try:
         state = json.loads(bytes(packed))
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,8 @@
 """The published tables of bitsandbytes: the 16 values of NF4 and the 256 of the 8-bit dynamic map.
 
-Literals, because neither can be recomputed to the bit: the first comes from quantiles of the normal distribution, the second
-from a float32 `linspace` whose last bits belong to one library. Files carry their own copies, and readers use those.
+Literals, because neither can be recomputed to the bit: the first comes from quantiles of the normal distribution, the
+second from a float32 `linspace` whose last bits belong to one library. Files carry their own copies, and readers use
+those.
 """
 
 import base64

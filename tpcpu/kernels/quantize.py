@@ -3,23 +3,29 @@
 Plain loops that LLVM vectorises; no SIMD types, so one text serves every instruction set. The specification is
 `formats/nf4.py` and `formats/int8.py`, and the bits are the same.
 
-Everything works on a *region*: `rows` rows of `blocks` whole blocks of 64 values, `stride` bytes from row to row in the source. A
-contiguous tensor is one row; a column slice of a matrix is many. What belongs to blocks (maxima, scales) and to values (codes) has
-strides of its own, in bytes, so that a slice may read and write inside larger arrays. Two stages, because the scales of a tensor
-depend on all of it:
+Everything works on a *region*: `rows` rows of `blocks` whole blocks of 64 values, `stride` bytes from row to row in the
+source. A contiguous tensor is one row; a column slice of a matrix is many. What belongs to blocks (maxima, scales) and
+to values (codes) has strides of its own, in bytes, so that a slice may read and write inside larger arrays. Two stages,
+because the scales of a tensor depend on all of it:
 
 1. `block_maxima` (also finds NaN and infinity);
 2. `nf4_codes` and `nf4_scale_codes`, or `int8_values`.
 
-Knows addresses, sizes and the three float formats. Knows nothing of tensors, files, ranks or threads. Callers keep the memory alive;
-nothing here allocates, and every function runs without the interpreter lock.
+Knows addresses, sizes and the three float formats. Knows nothing of tensors, files, ranks or threads. Callers keep the
+memory alive; nothing here allocates, and every function runs without the interpreter lock.
 """
 
+from typing import Any
+
+import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
+
+njit: Any = numba.njit  # numba describes some of its types, and mypy does not agree with how these are used
+intrinsic: Any = numba_intrinsic
 
 BF16 = 0
 F16 = 1
@@ -32,14 +38,18 @@ GROUP = 256
 _SMALLEST = np.float32(1e-38)
 
 _OPTIONS = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
-_INLINED = {"forceinline": True, "boundscheck": False, "error_model": "numpy"}  # compiled into the functions that call them
+_INLINED = {
+    "forceinline": True,
+    "boundscheck": False,
+    "error_model": "numpy",
+}  # compiled into the functions that call them
 
 
 def _pointer(value_type):
     """An intrinsic that takes an address for a pointer to `value_type`."""
 
     @intrinsic
-    def pointer(_typing, address):
+    def pointer(_typing, _address):
         def generate(context, builder, signature, arguments):
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
@@ -56,7 +66,7 @@ _f32 = _pointer(types.float32)
 
 
 @intrinsic
-def _as_float(_typing, bits):  # the float32 with these bits
+def _as_float(_typing, _bits):  # the float32 with these bits
     def generate(_context, builder, _signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -110,7 +120,8 @@ def block_maxima(dtype, source, rows, blocks, stride, maxima, maxima_stride):
         out = _f32(maxima + row * maxima_stride)
         for block in range(blocks):
             address = source + row * stride + block * BLOCK * item
-            # magnitudes of floats are ordered as their bits are; integers have vector maxima that floats, with NaN, lack
+            # magnitudes of floats are ordered as their bits are; integers have vector maxima that floats, with NaN,
+            # lack
             if dtype == F32:
                 single = _u32(address)
                 high = np.uint32(0)
@@ -173,13 +184,16 @@ def nf4_codes(dtype, source, rows, blocks, stride, maxima, maxima_stride, codes,
             for i in range(BLOCK):
                 single[i] = _nf4_code(x[i] * inverse)
             out = _u8(codes + row * codes_stride + block * (BLOCK // 2))
-            for i in range(BLOCK // 2):  # little-endian: the first of two codes is the low byte, and goes to the high nibble
+            for i in range(
+                BLOCK // 2
+            ):  # little-endian: the first of two codes is the low byte, and goes to the high nibble
                 out[i] = np.uint8((pair[i] << np.uint16(4)) | (pair[i] >> np.uint16(8)))
 
 
 @njit(types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64), **_OPTIONS)
 def nf4_scale_codes(maxima, blocks, offset, nearest, codes, groups):
-    """8-bit codes of the scales of `blocks` blocks, counted from the start of a group, and the float32 scale of each group.
+    """8-bit codes of the scales of `blocks` blocks, counted from the start of a group, and the float32 scale of each
+    group.
 
     `nearest` is the address of the 65536 codes of `formats.tables.NEAREST_CODE`. The last group may be short.
     """
@@ -204,7 +218,9 @@ def nf4_scale_codes(maxima, blocks, offset, nearest, codes, groups):
 
 
 @njit(types.void(*[types.int64] * 11), **_OPTIONS)
-def int8_values(dtype, source, rows, blocks, stride, maxima, maxima_stride, values, values_stride, scales, scales_stride):
+def int8_values(
+    dtype, source, rows, blocks, stride, maxima, maxima_stride, values, values_stride, scales, scales_stride
+):
     """int8 values, 64 bytes a block, and float32 scales, given the block maxima (`scales` may be the same memory)."""
     item = 4 if dtype == F32 else 2
     # adding and taking away 1.5 × 2^23 rounds to an integer, ties to even, on every instruction set
