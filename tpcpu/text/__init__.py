@@ -1,4 +1,4 @@
-"""Text: tokenizer files, chat templates and incremental detokenising; the only door to tokenizer libraries and Jinja."""
+"""Text: tokenizer files, chat templates and incremental detokenising: the only door to these libraries."""
 
 from tpcpu.text.chat_template import check_messages
 from tpcpu.text.detokenizer import IncrementalDetokenizer

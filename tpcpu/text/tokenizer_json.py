@@ -99,8 +99,8 @@ class TokenizerJson(Vocabulary):
                 case _:
                     raise TextError(
                         f"{path}: decoder {json.dumps(step, ensure_ascii=False)[:80]} is not supported; expected "
-                        "ByteLevel, or Replace, ByteFallback, Fuse, Strip of one leading space, Metaspace; if the model "
-                        "has a tokenizer.model, remove tokenizer.json"
+                        "ByteLevel, or Replace, ByteFallback, Fuse, Strip of one leading space, Metaspace; if "
+                        "the model has a tokenizer.model, remove tokenizer.json"
                     )
         if not (self._byte_level or self._replacements):
             raise TextError(
