@@ -38,10 +38,7 @@ def descending(logits: Logits, ids: Ids, most: int = 0) -> tuple[Ids, Logits]:
     numpy's fastest, gives the whole order, and the sorted keys hold the answer.
     """
     # -0.0 + 0.0 is 0.0: the two zeros are level
-    bits = (logits + np.float32(0)).view(np.uint32)
-    # the bits of positive floats rise with the value, those of negative ones fall: mapped so that all fall
-    falling = np.where(bits & _SIGN, bits, bits ^ ~_SIGN)
-    keys = falling.astype(np.uint64)
+    keys = _turn((logits + np.float32(0)).view(np.uint32)).astype(np.uint64)
     keys <<= np.uint64(32)
     keys |= ids.astype(np.uint64)
     if most == 1:
@@ -50,9 +47,17 @@ def descending(logits: Logits, ids: Ids, most: int = 0) -> tuple[Ids, Logits]:
         keys = np.sort(np.partition(keys, most - 1)[:most])
     else:
         keys.sort()
-    falling = (keys >> np.uint64(32)).astype(np.uint32)
-    sorted_logits = np.where(falling & _SIGN, falling, falling ^ ~_SIGN).view(np.float32)
+    sorted_logits = _turn((keys >> np.uint64(32)).astype(np.uint32)).view(np.float32)
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64), sorted_logits
+
+
+def _turn(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """Bits of float32 to numbers that fall as the float rises, and back.
+
+    With the sign clear the bits rise with the float: all but the sign are inverted. With the sign set they fall already.
+    """
+    magnitude_if_positive = ((bits >> np.uint32(31)) - np.uint32(1)) & ~_SIGN
+    return bits ^ magnitude_if_positive
 
 
 def probabilities(logits: Logits, temperature: float) -> Probabilities:
