@@ -42,13 +42,20 @@ def load_tokenizer(
         declared = yuan.complete(declared)
     vocabulary, declared = _read_vocabulary(folder, tokenizer_config, declared, prefer_model=is_yuan)
     prefix = () if is_yuan else _prefix(vocabulary, tokenizer_config, declared)
+    rows = _rows(config)
+    if rows is not None and max(prefix, default=0) >= rows:
+        beyond = vocabulary.piece(max(prefix)).decode(errors="replace")
+        raise TextError(
+            f"{folder}: every text begins with {beyond!r}, token {max(prefix)}, but the model has {rows} rows only; "
+            "take the tokenizer files that belong to the model"
+        )
     stop_ids = _stop_ids(vocabulary, declared, config, generation_config or {})
     return Tokenizer(
         vocabulary,
         prefix=prefix,
         stop_ids=stop_ids,
         chat_template=_chat_template(folder, tokenizer_config, declared, is_yuan),
-        rows=_rows(config),
+        rows=rows,
     )
 
 
@@ -77,7 +84,7 @@ def _with_llama_roles(declared: Declarations) -> Declarations:
     return Declarations((*declared.tokens, *map(AddedToken, new)), {**declared.roles, **missing})
 
 
-def _prefix(vocabulary: Vocabulary, tokenizer_config: Mapping[str, Any], declared: Declarations) -> Iterable[int]:
+def _prefix(vocabulary: Vocabulary, tokenizer_config: Mapping[str, Any], declared: Declarations) -> tuple[int, ...]:
     wanted = _flag(tokenizer_config, "add_bos_token")
     if wanted is None:
         wanted = bool(vocabulary.default_prefix) or isinstance(vocabulary, SentencePieceModel)
