@@ -121,7 +121,7 @@ def test_yuan_roles_are_not_what_its_published_config_says(yuan: Tokenizer) -> N
     assert yuan.stop_ids == {77185}
     assert yuan.size == 134958
     assert yuan.encode("") == []
-    assert yuan.decode(yuan.encode("答：好。<sep>") + [77185]) == "答：好。"
+    assert yuan.decode([*yuan.encode("答：好。<sep>"), 77185]) == "答：好。"
 
 
 def test_yuan_answers_questions_without_a_template_in_the_folder(yuan: Tokenizer) -> None:

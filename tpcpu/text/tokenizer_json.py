@@ -7,7 +7,6 @@ refused, with their names.
 """
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ import tokenizers
 
 from tpcpu.errors import TextError
 from tpcpu.text.added_tokens import AddedToken
-from tpcpu.text.vocabulary import Vocabulary
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from tpcpu.text.vocabulary import Vocabulary, byte_of
 
 
 class TokenizerJson(Vocabulary):
@@ -119,8 +116,8 @@ class TokenizerJson(Vocabulary):
             return b""
         if self._byte_level and all(character in _BYTES for character in token):
             return bytes(_BYTES[character] for character in token)
-        if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
-            return bytes((int(byte[1], 16),))
+        if self._byte_fallback and (byte := byte_of(token)) is not None:
+            return byte
         for old, new in self._replacements:
             token = token.replace(old, new)
         return str(token).encode()

@@ -5,7 +5,10 @@ A token stands for a run of bytes that does not depend on its neighbours. That h
 joined, and UTF-8 says where characters end.
 """
 
+import re
 from abc import ABC, abstractmethod
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary(ABC):
@@ -35,3 +38,9 @@ class Vocabulary(ABC):
     @abstractmethod
     def id_of(self, token: str) -> int | None:
         """The id of a whole token, None where there is none."""
+
+
+def byte_of(piece: str) -> bytes | None:
+    """The byte that a byte-fallback piece such as `<0x0A>` stands for, None for any other piece."""
+    match = _BYTE_PIECE.fullmatch(piece)
+    return bytes((int(match[1], 16),)) if match else None
