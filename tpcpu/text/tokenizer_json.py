@@ -24,9 +24,7 @@ class TokenizerJson(Vocabulary):
     def __init__(self, path: Path, added: Iterable[AddedToken] = ()) -> None:
         """Reads `path`. Raises TextError where the file is broken, is of an unknown kind, or contradicts `added`."""
         try:
-            text = path.read_text(encoding="utf-8")
-            content = json.loads(text)
-            self._library = tokenizers.Tokenizer.from_str(text)
+            self._library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise TextError(f"{path}: cannot be read: {error.strerror}") from None
         except Exception as error:  # the library raises bare Exception
@@ -34,7 +32,9 @@ class TokenizerJson(Vocabulary):
         # a file written by a training script may cut or fill: a prompt is never cut in silence
         self._library.no_truncation()
         self._library.no_padding()
-        self._read_decoder(content.get("decoder"), path)
+        # what pickling writes is the file's own JSON of the decoder: no second parse of some megabytes
+        decoder = self._library.decoder
+        self._read_decoder(None if decoder is None else json.loads(decoder.__getstate__()), path)
         self._add_missing(added, path)
         self._added = self._library.get_added_tokens_decoder()
         self.size = 1 + max(max(self._library.get_vocab().values(), default=-1), max(self._added, default=-1))
