@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpcpu.sampling import Sampler, SamplingParams, filters
+from tpcpu.sampling import Sampled, Sampler, SamplingParams, filters
 
 # few distinct values, so that level logits are common
 values = st.one_of(
@@ -68,11 +68,14 @@ def test_no_filter_removes_the_best_token(
 @given(some_logits, params, st.lists(st.integers(0, 59), max_size=30))
 def test_the_same_seed_draws_the_same_tokens(logits: np.ndarray, chosen: dict[str, Any], history: list[int]) -> None:
     ids = np.arange(logits.size)
-    history = [number for number in history if number < logits.size]
+    prompt = [number for number in history if number < logits.size]
     answers = []
     for _ in range(2):
         sampler = Sampler(SamplingParams(**chosen), logits.size)
-        answers.append([sampler.sample(ids, logits, history) for _ in range(4)])
+        answer: list[Sampled] = []
+        for _ in range(4):
+            answer.append(sampler.sample(ids, logits, [*prompt, *(sampled.id for sampled in answer)]))
+        answers.append(answer)
     assert answers[0] == answers[1]
     assert all(np.isfinite(logits[sampled.id]) for sampled in answers[0])
 

@@ -54,7 +54,7 @@ def descending(logits: Logits, ids: Ids, most: int = 0) -> tuple[Ids, Logits]:
 def _turn(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """Bits of float32 to numbers that fall as the float rises, and back.
 
-    With the sign clear the bits rise with the float: all but the sign are inverted. With the sign set they fall already.
+    With the sign clear the bits rise with the float: all but the sign are inverted. With it set they fall already.
     """
     magnitude_if_positive = ((bits >> np.uint32(31)) - np.uint32(1)) & ~_SIGN
     return bits ^ magnitude_if_positive

@@ -95,6 +95,7 @@ class Sampler:
     def _penalise(self, ids: Ids, logits: Logits, history: Sequence[int]) -> Logits:
         params = self.params
         before = np.asarray(history, dtype=np.int64)
+        assert before.size >= self.step, "the history holds the prompt and every token chosen so far"
         if params.repetition_penalty != 1:
             seen = np.bincount(before, minlength=self._vocabulary_size) > 0
             logits = filters.penalise_repetition(logits, seen[ids], params.repetition_penalty)

@@ -49,7 +49,6 @@ class SentencePieceModel(Vocabulary):
         for token in added:
             self._register(token, path)
         self._cutter = Cutter(self._added.values())
-        self._specials = {token.content for token in self._added.values() if token.special}
         dummy_prefix = self._processor.encode("a", out_type=str)[:1]
         self.strips_leading_space = self._prefix_space or any(piece.startswith(_SPACE) for piece in dummy_prefix)
 
