@@ -58,7 +58,8 @@ class Builder:
 
     def vector(self, name: str, full: int, rows: Range | None = None) -> Weight:
         """A norm's weight or a bias, `(full,)`."""
-        return self._declare(Weight(name, Kind.VECTOR, (full,), rows or Range(0, full), Range(0, 1)))
+        rows = Range(0, full) if rows is None else rows
+        return self._declare(Weight(name, Kind.VECTOR, (full,), rows, Range(0, 1)))
 
     def matrix(
         self, module: str, full: tuple[int, ...], *, rows: Range | None = None, columns: Range | None = None,
@@ -167,7 +168,7 @@ class Builder:
         return weight
 
     def _buffer(self, name: str, width: int, own: Range | None = None) -> Buffer:
-        buffer = Buffer(f"{name}.{len(self._buffers)}", width, own or Range(0, width))
+        buffer = Buffer(f"{name}.{len(self._buffers)}", width, Range(0, width) if own is None else own)
         self._buffers.append(buffer)
         return buffer
 
