@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from tpcpu.errors import ConfigError, LaunchError
 from tpcpu.models import llama, yuan
+from tpcpu.models.keys import shown
 from tpcpu.parallel.partition import Share
 from tpcpu.program.operations import Linear, Program
 
@@ -80,10 +81,12 @@ class Model:
 
 def read_config(config: dict[str, Any]) -> Model:
     """The model that a `config.json` describes. Raises ConfigError."""
+    if not isinstance(config, dict):
+        raise ConfigError(f"config.json: found {shown(config)}; expected an object")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"config.json: model_type {shown(model_type)} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     return Model(model_type, ARCHITECTURES[model_type].read(config))
 

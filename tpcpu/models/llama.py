@@ -6,7 +6,7 @@ Source: Touvron et al., 2023 (arXiv 2302.13971, 2307.09288); names and keys as p
 from dataclasses import dataclass
 from typing import Any
 
-from tpcpu.models.keys import Keys
+from tpcpu.models.keys import MAX_HEADS, MAX_LAYERS, MAX_WIDTH, Keys
 from tpcpu.parallel.partition import Share
 from tpcpu.program.builder import Builder
 from tpcpu.program.operations import BLOCK, Heads, Program, Rope
@@ -36,17 +36,18 @@ class LlamaConfig:
         # pretraining_tp only changes the order in which the original code adds.
         keys = Keys(config, ignored=("pretraining_tp",))
         keys.require("hidden_act", "silu")
-        hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+        hidden = keys.integer("hidden_size", maximum=MAX_WIDTH)
+        heads = keys.integer("num_attention_heads", maximum=MAX_HEADS)
         kv_heads = keys.integer("num_key_value_heads", heads)
         keys.divisible("num_attention_heads", heads, "num_key_value_heads", kv_heads)
-        head_dim = keys.integer("head_dim", 0, minimum=0) or keys.divisible(
+        head_dim = keys.integer("head_dim", 0, minimum=0, maximum=MAX_WIDTH // heads) or keys.divisible(
             "hidden_size", hidden, "num_attention_heads", heads
         )
         keys.divisible("head_dim", head_dim, "the rotated pair", 2)
         made = cls(
             hidden_size=hidden,
-            intermediate_size=keys.integer("intermediate_size"),
-            num_hidden_layers=keys.integer("num_hidden_layers"),
+            intermediate_size=keys.integer("intermediate_size", maximum=MAX_WIDTH),
+            num_hidden_layers=keys.integer("num_hidden_layers", maximum=MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -69,7 +70,7 @@ def program(config: LlamaConfig, share: Share) -> Program:
     group = heads // kv_heads
     local = share.split(heads)
     local_kv = local.blocks(group)
-    kv_of = [head // group - local_kv.start for head in range(local.start, local.stop)]
+    kv_of = tuple(head // group - local_kv.start for head in range(local.start, local.stop))
     ffn = config.intermediate_size
     features = share.split(ffn, BLOCK)
 

@@ -9,7 +9,7 @@ feed-forward layer is called `up_proj`. Attention is plain causal, as in the aut
 from dataclasses import dataclass
 from typing import Any
 
-from tpcpu.models.keys import Keys
+from tpcpu.models.keys import MAX_HEADS, MAX_LAYERS, MAX_WIDTH, Keys
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.builder import Builder, Matrix
 from tpcpu.program.operations import BLOCK, Heads, Kind, Program, Rope
@@ -54,14 +54,15 @@ class YuanConfig:
         keys.require("hidden_act", "silu")
         keys.require("use_shareqk", False)
         keys.require("use_moe", False)
-        hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+        hidden = keys.integer("hidden_size", maximum=MAX_WIDTH)
+        heads = keys.integer("num_attention_heads", maximum=MAX_HEADS)
         dim = keys.divisible("hidden_size", hidden, "num_attention_heads", heads)
         keys.divisible("the head dimension", dim, "the rotated pair", 2)
         keys.divisible("hidden_size", hidden, "the halving of the first convolution", 2)
         made = cls(
             hidden_size=hidden,
-            intermediate_size=keys.integer("intermediate_size"),
-            num_hidden_layers=keys.integer("num_hidden_layers"),
+            intermediate_size=keys.integer("intermediate_size", maximum=MAX_WIDTH),
+            num_hidden_layers=keys.integer("num_hidden_layers", maximum=MAX_LAYERS),
             num_attention_heads=heads,
             vocab_size=keys.integer("vocab_size"),
             max_position_embeddings=keys.integer("max_position_embeddings", 4096),
@@ -78,6 +79,7 @@ def program(config: YuanConfig, share: Share) -> Program:
         config.hidden_size, config.num_attention_heads, config.head_dim, config.intermediate_size,
     )  # fmt: skip
     local = share.split(heads)
+    kv_of = tuple(range(len(local)))
     channels = share.split(hidden // 2, BLOCK // 2)
     features = share.split(ffn, BLOCK)
 
@@ -105,7 +107,7 @@ def program(config: YuanConfig, share: Share) -> Program:
             Heads(v, len(local), dim, 0, dim),
             Rope(config.rope_theta, dim),
         )
-        a = p.attention(q, local, heads, range(len(local)), dim**-0.5)
+        a = p.attention(q, local, heads, kv_of, dim**-0.5)
         (o,) = p.linear(a, o=p.matrix(f"{attn}.o_proj", (hidden, hidden), columns=local * dim))
         x = p.add(x, p.all_reduce(o))
 

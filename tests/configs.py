@@ -1,0 +1,30 @@
+"""Published configurations, as dictionaries: the sizes that the reference job and its peers have."""
+
+_YUAN = {
+    "model_type": "yuan", "hidden_act": "silu", "rms_norm_eps": 1e-6, "vocab_size": 135040, "tie_word_embeddings": True,
+    "causal_mask": True, "reset_attention_mask": True, "reset_position_ids": True, "use_flash_attention": True,
+    "eod_token": 77185, "eod_token_id": 77185, "bos_token_id": 77185, "eos_token_id": 77185, "pad_token_id": 77185,
+    "mask_token_id": 77185, "sep_token": 77187, "sep_token_id": 77185, "tokenizer_class": "YuanTokenizer",
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+PUBLISHED = {
+    "yuan2-2b": _YUAN | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "max_position_embeddings": 8192,
+    },
+    "yuan2-51b": _YUAN | {
+        "hidden_size": 8192, "intermediate_size": 32768, "num_hidden_layers": 42, "num_attention_heads": 64,
+        "max_position_embeddings": 4096,
+    },
+    "yuan2-102b": _YUAN | {
+        "hidden_size": 8192, "intermediate_size": 32768, "num_hidden_layers": 84, "num_attention_heads": 64,
+        "max_position_embeddings": 4096,
+    },
+    "llama-1b": {
+        "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_size": 2048,
+        "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 32000, "max_position_embeddings": 8192, "attention_bias": False, "mlp_bias": False,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+    },
+}  # fmt: skip

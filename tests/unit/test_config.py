@@ -1,0 +1,195 @@
+"""Reading config.json: what is supported is read, what changes the mathematics is refused in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.configs import PUBLISHED
+from tpcpu.errors import ConfigError, LaunchError
+from tpcpu.models import read_config
+from tpcpu.parallel.partition import Share
+
+DATA = Path(__file__).parents[1] / "data"
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+}  # fmt: skip
+YUAN = {
+    "model_type": "yuan", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "vocab_size": 100,
+}  # fmt: skip
+
+
+def refused(config):
+    with pytest.raises(ConfigError) as error:
+        read_config(config)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith("config.json: ")
+    assert len(message) < 1000
+    return message
+
+
+@pytest.mark.parametrize("name", ["yuan-tiny", "llama-tiny", "stories260k"])
+def test_the_bundled_models_are_read(name):
+    config = json.loads((DATA / name / "config.json").read_text())
+    model = read_config(config)
+    assert model.config.hidden_size == config["hidden_size"]
+    assert model.config.vocab_size == config["vocab_size"]
+    assert model.config.tie_word_embeddings == config["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_shapes_are_read(name):
+    assert read_config(PUBLISHED[name]).config.num_hidden_layers == PUBLISHED[name]["num_hidden_layers"]
+
+
+def test_defaults_are_those_of_the_publishers():
+    llama, yuan = read_config(LLAMA).config, read_config(YUAN).config
+    assert (llama.rope_theta, llama.rms_norm_eps, llama.head_dim) == (10000.0, 1e-6, 64)
+    assert not llama.tie_word_embeddings
+    assert not llama.attention_bias
+    assert read_config({k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}).config.num_key_value_heads == 4
+    assert yuan.tie_word_embeddings
+    assert (yuan.rope_theta, yuan.head_dim, yuan.max_position_embeddings) == (10000.0, 64, 4096)
+
+
+def test_rope_theta_is_found_where_newer_writers_put_it():
+    config = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    assert read_config(config).config.rope_theta == 500000.0
+
+
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen3_moe", "deepseek_v3", "llava", "mllama", "llama4", "gpt2", 7, None]
+)
+def test_other_architectures_are_refused_by_name(model_type):
+    message = refused(LLAMA | {"model_type": model_type})
+    assert repr(model_type) in message
+    assert "llama, yuan" in message
+
+
+def test_an_expert_model_that_calls_itself_yuan_is_refused():
+    assert "use_moe" in refused(YUAN | {"use_moe": True})
+    assert "moe_config" in refused(YUAN | {"moe_config": {"moe_num_experts": 32}})
+    assert "attention_projection_size" in refused(YUAN | {"attention_projection_size": 512})
+
+
+@pytest.mark.parametrize("base", [LLAMA, YUAN], ids=["llama", "yuan"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        ("rope_scaling", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+        ("rope_scaling", {"factor": 2.0}),
+        ("rope_scaling", "linear"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("hidden_act", "gelu"),
+        ("hidden_act", "gelu_pytorch_tanh"),
+        ("hidden_act", ["silu"]),
+        ("sliding_window", 4096),
+        ("use_sliding_window", True),
+        ("attention_chunk_size", 8192),
+        ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 50.0),
+        ("query_pre_attn_scalar", 256),
+        ("partial_rotary_factor", 0.5),
+        ("rotary_pct", 0.25),
+        ("logits_scaling", 8.0),
+        ("logits_scaling", 0),
+        ("residual_multiplier", 0.22),
+        ("embedding_multiplier", True),
+        ("use_qk_norm", True),
+        ("qk_layernorm", 1),
+        ("alibi", True),
+        ("parallel_attn", True),
+        ("num_local_experts", 8),
+        ("num_experts", 1),
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("pruned_heads", {"0": [1]}),
+        ("layer_types", ["sliding_attention", "full_attention"]),
+        ("vision_config", {"hidden_size": 8}),
+        ("a_setting_of_tomorrow", "on"),
+        ("a_setting\nof tomorrow", "on"),
+        ("x" * 5000, "y" * 5000),
+    ],
+)  # fmt: skip
+def test_what_changes_the_mathematics_is_refused(base, key, value):
+    assert repr(key)[1:-1][:9] in refused(base | {key: value})
+
+
+def test_a_switch_that_is_on_is_not_taken_for_the_number_one():
+    """True equals 1.0 in Python: `use_sliding_window: true` once passed as a neutral factor."""
+    assert "use_sliding_window" in refused(LLAMA | {"use_sliding_window": True})
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_shareqk", True), ("use_moe", True), ("use_shareqk", "yes")])
+def test_variants_of_yuan_are_refused(key, value):
+    assert key in refused(YUAN | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", None), ("rope_scaling", {"type": "default"}), ("sliding_window", None), ("num_experts", 0),
+        ("use_sliding_window", False), ("partial_rotary_factor", 1.0), ("final_logit_softcapping", None),
+        ("layer_types", []), ("pretraining_tp", 2), ("torch_dtype", "float16"), ("quantization_config", {"a": 1}),
+        ("pruned_heads", {}), ("is_encoder_decoder", False), ("rms_norm_eps", 1e-5), ("head_dim", 32),
+    ],
+)  # fmt: skip
+def test_what_is_off_or_changes_nothing_is_accepted(key, value):
+    read_config(LLAMA | {key: value})
+
+
+@pytest.mark.parametrize("base", [LLAMA, YUAN], ids=["llama", "yuan"])
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+)
+@pytest.mark.parametrize(
+    "value", [None, 0, -1, True, 1.5, "256", [256], {}, 2**31, 10**30, 10**400, float("nan")], ids=lambda v: repr(v)[:9]
+)
+def test_sizes_are_positive_integers_within_reason(base, key, value):
+    assert key in refused(base | {key: value})
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize(
+    "value", [0, -1.0, True, "1e-5", float("nan"), float("inf"), 10**400, 1e300, 1e-300], ids=lambda v: repr(v)[:9]
+)
+def test_numbers_are_positive_and_fit_a_float32(key, value):
+    """10**400 once ended in an OverflowError."""
+    assert key in refused(LLAMA | {key: value})
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "tie_word_embeddings"])
+@pytest.mark.parametrize("value", [0, 1, "true", [], 1.0])
+def test_flags_are_true_or_false(key, value):
+    assert key in refused(LLAMA | {key: value})
+
+
+def test_impossible_divisions_are_refused():
+    assert "multiple of num_key_value_heads = 3" in refused(LLAMA | {"num_key_value_heads": 3})
+    assert "multiple of num_key_value_heads = 8" in refused(LLAMA | {"num_key_value_heads": 8})
+    assert "multiple of num_attention_heads = 3" in refused(YUAN | {"num_attention_heads": 3})
+    assert "head_dim" in refused(LLAMA | {"head_dim": 33})
+    assert "rotated pair" in refused(YUAN | {"num_attention_heads": 256})
+    assert "head_dim" in refused(LLAMA | {"head_dim": 2**23})
+
+
+@pytest.mark.parametrize("config", [[], None, "llama", 7])
+def test_a_config_that_is_no_object_is_refused(config):
+    assert "expected an object" in refused(config)
+
+
+def test_more_ranks_than_panels_are_refused_with_the_counts_that_work():
+    model = read_config(LLAMA)
+    assert model.max_ranks == 704 // 16
+    model.program(Share(43, 44))
+    with pytest.raises(LaunchError, match="1 to 44 ranks work"):
+        model.program(Share(0, 45))
