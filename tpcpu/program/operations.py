@@ -207,6 +207,46 @@ class Logits:
 Operation = Embed | Add | RmsNorm | Linear | ShortConv | RopeAndStore | Attention | Glu | AllReduce | Logits
 
 
+def inputs(operation: Operation) -> tuple[Buffer, ...]:
+    """The buffers that an operation reads, in the order of its formula."""
+    match operation:
+        case Embed():
+            return ()
+        case Add():
+            return (operation.x, operation.y)
+        case RopeAndStore():
+            return tuple(dict.fromkeys(heads.buffer for heads in (operation.q, operation.k, operation.v)))
+        case Attention():
+            return (operation.q,)
+        case Glu():
+            return (operation.activated, operation.linear)
+        case _:
+            return (operation.x,)
+
+
+def outputs(operation: Operation) -> tuple[Buffer, ...]:
+    """The buffers that an operation writes."""
+    if isinstance(operation, Linear):
+        return tuple(dict.fromkeys(segment.out for segment in operation.segments))
+    return (operation.out,)
+
+
+def weights(operation: Operation) -> tuple[Weight, ...]:
+    """The weights that an operation reads, each before its bias."""
+    match operation:
+        case Linear():
+            pairs = [(segment.weight, segment.bias) for segment in operation.segments]
+            return tuple(weight for pair in pairs for weight in pair if weight is not None)
+        case Embed() | RmsNorm() | Logits():
+            return (operation.weight,)
+        case ShortConv():
+            return (operation.weight,) if operation.bias is None else (operation.weight, operation.bias)
+        case Add():
+            return () if operation.bias is None else (operation.bias,)
+        case _:
+            return ()
+
+
 @dataclass(frozen=True)
 class KvShape:
     """The key/value cache of one layer on this rank."""

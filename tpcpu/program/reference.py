@@ -1,0 +1,371 @@
+"""The numpy reader of a program: the specification that every kernel is tested against.
+
+It runs the programs of all ranks of a world side by side, operation by operation, and reads like the formulas in a
+paper: float32 or float64, no threads, no messages, no speed. It fixes what is computed and in which order sums are
+joined where that order is promised; a compiled kernel may fuse a multiply and an add, so equality is to rounding.
+
+Two arithmetics. `exact`: activations, cache and sums are floats of the reference's dtype. `int8`: weights of 4 and 8
+bits meet activations rounded to 8 bits, one scale for each token and block of 64, and the cache holds bfloat16.
+It knows nothing of checkpoints and formats: weights arrive as arrays.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tpcpu.program.operations import (
+    BLOCK,
+    PIECE,
+    Add,
+    AllReduce,
+    Attention,
+    Buffer,
+    Embed,
+    Glu,
+    Heads,
+    Linear,
+    Logits,
+    Operation,
+    Program,
+    RmsNorm,
+    Rope,
+    RopeAndStore,
+    ShortConv,
+    Weight,
+)
+
+Array = NDArray[Any]
+Arithmetic = Literal["exact", "int8"]
+
+SPAN = 16
+"""Blocks whose products are added in order before they join the sum; spans are joined in order."""
+
+
+@dataclass(frozen=True)
+class MatrixValues:
+    """One stored tensor, whole, as a matrix `(rows, columns)`; weights may share a scale by blocks of 64 in a row.
+
+    values: what is stored, `(rows, columns)`: floats, int8 integers, or the code values of NF4 (in -1 to 1).
+    scales: float32 `(rows, blocks)`, a weight being value × scale; None where the values are the weights.
+    levels: the 8-bit arithmetic multiplies rint(levels × value): 127 for NF4, 1 for int8.
+    """
+
+    values: Array
+    scales: Array | None = None
+    levels: int = 1
+
+    @classmethod
+    def nf4(cls, codes: Array, scales: Array, table: Array) -> "MatrixValues":
+        """`codes` uint8 (rows, columns) index the 16 values of `table`; `scales` float32 (rows, columns / 64)."""
+        return cls(np.asarray(table, np.float32)[codes], scales, levels=127)
+
+    @classmethod
+    def int8(cls, values: Array, scales: Array) -> "MatrixValues":
+        """`values` int8 (rows, columns); `scales` float32 (rows, columns / 64)."""
+        return cls(values, scales)
+
+    def part(self, weight: Weight) -> "MatrixValues":
+        """The rows and columns that a rank holds of it; vectors are matrices of one column."""
+        rows, columns = slice(weight.rows.start, weight.rows.stop), slice(weight.columns.start, weight.columns.stop)
+        blocks = weight.columns.blocks(BLOCK)
+        values = self.values.reshape(weight.full_rows, weight.full_columns)[rows, columns]
+        scales = None if self.scales is None else self.scales[rows, blocks.start : blocks.stop]
+        return replace(self, values=values, scales=scales)
+
+    def floats(self, dtype: np.dtype[Any]) -> "MatrixValues":
+        """The weights that these values stand for; value × scale is rounded to float32, as NF4 is defined."""
+        if self.scales is None:
+            return MatrixValues(self.values.astype(dtype))
+        scales = np.repeat(self.scales, BLOCK, axis=1)[:, : self.values.shape[1]]
+        return MatrixValues((self.values.astype(np.float32) * scales).astype(dtype))
+
+    @cached_property
+    def steps(self) -> Array:
+        """(rows, columns) float32 whole numbers: the values as the 8-bit arithmetic multiplies them."""
+        steps: Array = np.rint(self.values.astype(np.float32) * np.float32(self.levels))
+        return steps
+
+    @cached_property
+    def step_scales(self) -> Array:
+        """(rows, blocks) float32: the weight that one step stands for."""
+        assert self.scales is not None
+        return self.scales.astype(np.float32) / np.float32(self.levels)
+
+
+Weights = Callable[[Weight], MatrixValues | ArrayLike]
+"""Gives a declared weight's tensor, whole: plain floats of any shape, or `MatrixValues`. It is asked by `Weight`,
+not by name: a head tied to the embedding has the embedding's name and may still have a format of its own."""
+
+
+# The formulas. x is (tokens, width) everywhere.
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """weight * x / sqrt(mean(x^2) + eps)"""
+    normed: Array = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + x.dtype.type(eps))
+    return weight * normed
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x), written so that no exponential overflows."""
+    e = np.exp(-np.abs(x))
+    return x * np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def quantise(x: Array) -> tuple[Array, Array]:
+    """8-bit activations: whole numbers (tokens, blocks, 64) from -127 to 127 and what one of them is worth (tokens,
+    blocks); a row's last block is filled up with zeros."""
+    tokens, width = x.shape
+    blocks = -(-width // BLOCK)
+    x = np.pad(x, ((0, 0), (0, blocks * BLOCK - width))).reshape(tokens, blocks, BLOCK)
+    top = np.abs(x).max(axis=2)
+    # A block of zeros, or one so small that 127 / top overflows float32, counts as zero.
+    inverse = np.divide(127, top, out=np.zeros_like(top), where=top > 1e-36)
+    return np.rint(x * inverse[:, :, None]), np.where(inverse > 0, top / 127, 0).astype(x.dtype)
+
+
+def multiply(x: Array, matrix: MatrixValues) -> Array:
+    """x @ matrix.T, (tokens, rows); through 8-bit activations where the matrix has scales."""
+    if matrix.scales is None:
+        return x @ matrix.values.T
+    steps, worth = quantise(x)
+    weight, weight_worth = matrix.steps, matrix.step_scales.astype(x.dtype)
+    out = np.zeros((len(x), len(weight)), x.dtype)
+    for start in range(0, steps.shape[1], SPAN):
+        span = np.zeros_like(out)
+        for block in range(start, min(start + SPAN, steps.shape[1])):
+            columns = weight[:, block * BLOCK : (block + 1) * BLOCK].astype(x.dtype)
+            # Sums of 64 products of two whole numbers up to 127 are exact in float32.
+            product = steps[:, block, : columns.shape[1]] @ columns.T
+            span += worth[:, block, None] * weight_worth[None, :, block] * product
+        out += span
+    return out
+
+
+def rotate(x: Array, positions: Array, rope: Rope) -> Array:
+    """x (tokens, heads, dim): dimension j turned with j + dim / 2 by position * theta^(-2j / dim)."""
+    half = rope.dim // 2
+    exponents = np.arange(0, rope.dim, 2).astype(x.dtype) / x.dtype.type(rope.dim)
+    frequencies = 1 / x.dtype.type(rope.theta) ** exponents
+    angles = positions.astype(x.dtype)[:, None, None] * frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    low, high = x[:, :, :half], x[:, :, half:]
+    return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=2)
+
+
+def attend(q: Array, keys: Array, values: Array, scale: float) -> Array:
+    """softmax(scale * q . K) V of one token: q (heads, dim), keys and values (positions, heads, dim).
+
+    Each piece of 256 positions has its own maximum, sum and weighted sum; pieces are joined in order.
+    """
+    top = np.full(len(q), -np.inf, q.dtype)
+    total = np.zeros(len(q), q.dtype)
+    out = np.zeros_like(q)
+    for start in range(0, len(keys), PIECE):
+        k, v = keys[start : start + PIECE], values[start : start + PIECE]
+        scores = np.einsum("hd,phd->hp", q, k) * q.dtype.type(scale)
+        piece_top = scores.max(axis=1)
+        weights = np.exp(scores - piece_top[:, None])
+        piece_total, piece_out = weights.sum(axis=1), np.einsum("hp,phd->hd", weights, v)
+        joined = np.maximum(top, piece_top)
+        old, new = np.exp(top - joined), np.exp(piece_top - joined)
+        top, total = joined, total * old + piece_total * new
+        out = out * old[:, None] + piece_out * new[:, None]
+    return out / total[:, None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of one or more sequences; those of one sequence stand together and in order. All int (tokens,)."""
+
+    tokens: Array
+    positions: Array
+    sequences: Array
+    wanted: Array
+
+    def continues(self, token: int) -> bool:
+        """Whether the token before it in the batch is the one before it in its sequence."""
+        return token > 0 and bool(self.sequences[token - 1] == self.sequences[token])
+
+    def ends(self, token: int) -> bool:
+        """Whether it is the last of its sequence in the batch."""
+        return token + 1 == len(self.tokens) or not self.continues(token + 1)
+
+
+class _Rank:
+    """One rank's weights, caches and, during a step, its buffers."""
+
+    def __init__(
+        self, program: Program, weights: Weights, dtype: np.dtype[Any], arithmetic: Arithmetic, context: int
+    ) -> None:
+        self.program = program
+        self.dtype = dtype
+        self.context = context
+        self.rounds = arithmetic == "int8"
+        self.weights = {(weight.name, weight.kind): self._load(weight, weights) for weight in program.weights}
+        self.buffers: dict[Buffer, Array] = {}
+        self._cache: dict[tuple[int, int], Array] = {}
+        """By layer and sequence: keys and values, (2, context, kv_heads, head_dim)."""
+        self._state: dict[tuple[int, int], Array] = {}
+        """By state and sequence: x of the sequence's last token."""
+
+    def _load(self, weight: Weight, weights: Weights) -> MatrixValues:
+        given = weights(weight)
+        whole = given if isinstance(given, MatrixValues) else MatrixValues(np.asarray(given))
+        part = whole.part(weight)
+        return part if self.rounds and part.scales is not None else part.floats(self.dtype)
+
+    def matrix(self, weight: Weight) -> MatrixValues:
+        return self.weights[weight.name, weight.kind]
+
+    def vector(self, weight: Weight | None) -> Array | float:
+        return 0.0 if weight is None else self.matrix(weight).values[:, 0]
+
+    def zeros(self, buffer: Buffer, tokens: int) -> Array:
+        """A buffer before anything is written to it; what an operation does not write stays zero."""
+        self.buffers[buffer] = np.zeros((tokens, buffer.width), self.dtype)
+        return self.buffers[buffer]
+
+    def heads(self, heads: Heads) -> Array:
+        """(tokens, count, dim) of the buffer that holds them."""
+        columns = heads.first + heads.step * np.arange(heads.count)[:, None] + np.arange(heads.dim)
+        return self.buffers[heads.buffer][:, columns]
+
+    def cache(self, layer: int, sequence: int) -> Array:
+        if (layer, sequence) not in self._cache:
+            shape = self.program.kv[layer]
+            self._cache[layer, sequence] = np.zeros((2, self.context, shape.heads, shape.head_dim), self.dtype)
+        return self._cache[layer, sequence]
+
+    def forget(self, sequence: int) -> None:
+        for held in (self._cache, self._state):
+            for key in [key for key in held if key[1] == sequence]:
+                del held[key]
+
+    def run(self, operation: Operation, batch: Batch) -> None:
+        """Any operation but the all-reduce, which needs every rank."""
+        x = self.buffers
+        out = self.zeros(operation.out, len(batch.tokens)) if not isinstance(operation, Linear) else np.empty(0)
+        match operation:
+            case Embed(weight=weight):
+                out[:] = self.matrix(weight).values[batch.tokens]
+            case Add():
+                out[:] = x[operation.x] + x[operation.y] + self.vector(operation.bias)
+            case RmsNorm():
+                out[:] = rms_norm(x[operation.x], np.asarray(self.vector(operation.weight)), operation.eps)
+            case Linear(segments=segments):
+                for buffer in dict.fromkeys(segment.out for segment in segments):
+                    self.zeros(buffer, len(batch.tokens))
+                for segment in segments:
+                    product = multiply(x[operation.x], self.matrix(segment.weight)) + self.vector(segment.bias)
+                    x[segment.out][:, segment.column : segment.column + product.shape[1]] = product
+            case ShortConv():
+                own = slice(operation.out.own.start, operation.out.own.stop)
+                taps = np.stack((self.previous(x[operation.x], operation.state, batch), x[operation.x]), axis=2)
+                product = multiply(taps.reshape(len(out), -1), self.matrix(operation.weight))
+                out[:, own] = product + self.vector(operation.bias)
+            case RopeAndStore(layer=layer):
+                q, k, v = (self.heads(heads) for heads in (operation.q, operation.k, operation.v))
+                out[:] = rotate(q, batch.positions, operation.rope).reshape(out.shape)
+                self.store(layer, rotate(k, batch.positions, operation.rope), v, batch)
+            case Attention():
+                own = slice(operation.out.own.start, operation.out.own.stop)
+                q = x[operation.q].reshape(len(out), operation.heads, operation.head_dim)
+                for token, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
+                    # Query head h reads key/value head kv_of[h]; causal: positions up to its own.
+                    keys, values = self.cache(operation.layer, sequence)[:, : position + 1, list(operation.kv_of)]
+                    out[token, own] = attend(q[token], keys, values, operation.scale).ravel()
+            case Glu():
+                own = slice(operation.out.own.start, operation.out.own.stop)
+                out[:, own] = silu(x[operation.activated]) * x[operation.linear]
+            case Logits():
+                x[operation.out] = multiply(x[operation.x][batch.wanted], self.matrix(operation.weight))
+            case AllReduce():
+                raise AssertionError("an all-reduce needs every rank")
+
+    def previous(self, x: Array, state: int, batch: Batch) -> Array:
+        """x of the token before each: from the batch, from the state, or zero at position 0. Renews the state."""
+        before = np.zeros_like(x)
+        for token, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
+            if position:
+                before[token] = x[token - 1] if batch.continues(token) else self._state[state, sequence]
+        for token, sequence in enumerate(batch.sequences):
+            if batch.ends(token):
+                self._state[state, sequence] = x[token].copy()
+        return before
+
+    def store(self, layer: int, k: Array, v: Array, batch: Batch) -> None:
+        """Keys and values of the batch into the cache, rounded to bfloat16 in the 8-bit arithmetic."""
+        pair = np.stack((k, v))
+        if self.rounds:
+            pair = pair.astype(ml_dtypes.bfloat16).astype(self.dtype)
+        for token, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
+            self.cache(layer, sequence)[:, position] = pair[:, token]
+
+
+class Reference:
+    """Runs the programs of all ranks in lockstep, in plain numpy.
+
+    programs: one for each rank, in rank order. weights: see `Weights`; asked once for every weight of every rank.
+    dtype: of activations, sums and exact weights. context: positions that the cache of a sequence has room for.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        weights: Weights,
+        *,
+        dtype: Any = np.float32,
+        arithmetic: Arithmetic = "exact",
+        context: int = 512,
+    ) -> None:
+        self.dtype = np.dtype(dtype)
+        self.context = context
+        self.ranks = [_Rank(program, weights, self.dtype, arithmetic, context) for program in programs]
+
+    def run(self, tokens: ArrayLike, positions: ArrayLike, sequences: ArrayLike, wanted: ArrayLike) -> Array:
+        """One step over a flat batch; gives the logits `(wanted, vocab)` of the tokens with the indices `wanted`.
+
+        All arguments are integers, (tokens,) but `wanted`. A sequence's number names its cache; its tokens stand
+        together and in order, and go on where the last step ended, or start anew from position 0.
+        """
+        batch = Batch(*(np.asarray(array, np.int64) for array in (tokens, positions, sequences, wanted)))
+        if len(batch.tokens) and not 0 <= batch.positions.min() <= batch.positions.max() < self.context:
+            raise ValueError(f"positions up to {batch.positions.max()} do not fit a context of {self.context}")
+        logits = self.trace(batch)
+        for rank in self.ranks:
+            rank.buffers.clear()
+        return logits
+
+    def trace(self, batch: Batch) -> Array:
+        """As `run`, and leaves every buffer of every rank, `ranks[r].buffers[buffer]`, for tests of single kernels."""
+        for operations in zip(*(rank.program.operations for rank in self.ranks), strict=True):
+            if isinstance(operations[0], AllReduce):
+                self._all_reduce(operations)
+            else:
+                for rank, operation in zip(self.ranks, operations, strict=True):
+                    rank.run(operation, batch)
+        heads = [rank.program.operations[-1] for rank in self.ranks]
+        return np.concatenate(
+            [rank.buffers[head.out] for rank, head in zip(self.ranks, heads, strict=True) if isinstance(head, Logits)],
+            axis=1,
+        )
+
+    def forget(self, sequence: int) -> None:
+        """Drops a sequence's cache and states."""
+        for rank in self.ranks:
+            rank.forget(sequence)
+
+    def _all_reduce(self, operations: Sequence[Operation]) -> None:
+        """The parts are added in rank order, so that every rank gets the same bits."""
+        reduces = [operation for operation in operations if isinstance(operation, AllReduce)]
+        total = self.ranks[0].buffers[reduces[0].x].copy()
+        for rank, reduce in list(zip(self.ranks, reduces, strict=True))[1:]:
+            total += rank.buffers[reduce.x]
+        for rank, reduce in zip(self.ranks, reduces, strict=True):
+            rank.buffers[reduce.out] = total.copy()
