@@ -1,0 +1,215 @@
+"""The planner's figures against those published for Yuan 2.0 and against counting one by one."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+
+from tests.configs import PUBLISHED
+from tpcpu.models import read_config
+from tpcpu.parallel.partition import Range, Share
+from tpcpu.program import cost
+from tpcpu.program.cost import Storage
+from tpcpu.program.operations import AllReduce, Kind, Linear, Logits, ShortConv, Weight
+
+BF16 = Storage("bf16", "bf16", "bf16")
+
+
+def world(name, size):
+    model = read_config(PUBLISHED[name])
+    return [model.program(Share(rank, size)) for rank in range(size)]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("yuan2-2b", 2_088_724_480),
+        ("yuan2-51b", 51_842_105_344),
+        ("yuan2-102b", 102_577_954_816),
+        ("llama-1b", 1_104_218_112),
+    ],
+)
+def test_parameters(name, count):
+    """The published 2.1, 51.8 and 102.6 billion, to the last one; the 1.10 billion of the common small Llama."""
+    assert cost.parameters(*world(name, 1)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "conv", "head", "vectors"),
+    [
+        ("yuan2-2b", 1_610_612_736, 201_326_592, 276_561_920, 223_232),
+        ("yuan2-51b", 45_097_156_608, 5_637_144_576, 1_106_247_680, 1_556_480),
+        ("yuan2-102b", 90_194_313_216, 11_274_289_152, 1_106_247_680, 3_104_768),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_parameters_by_kind_and_their_division(name, linear, conv, head, vectors, size):
+    """At these sizes nothing that multiplies is held twice; norms and the second convolution's bias are."""
+    programs = world(name, size)
+    held = {
+        kind: sum(weight.size for program in programs for weight in program.weights if weight.kind is kind)
+        for kind in Kind
+    }
+    assert (held[Kind.MATRIX], held[Kind.CONV], held[Kind.HEAD]) == (linear, conv, head)
+    assert held[Kind.VECTOR] == vectors or size > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "conv", "head", "sixteen_bit", "mixed", "all_nf4"),
+    [
+        ("yuan2-2b", 0.831, 0.104, 0.143, 4.177, 1.488, 1.078),
+        ("yuan2-51b", 23.264, 2.908, 0.571, 103.684, 28.388, 26.746),
+        ("yuan2-102b", 46.528, 5.816, 0.571, 205.156, 54.563, 52.921),
+    ],
+)
+def test_gigabytes_per_token(name, linear, conv, head, sixteen_bit, mixed, all_nf4):
+    """The tables of weight bytes per token: each kind in NF4, and the whole at three mixes of formats."""
+    (program,) = world(name, 1)
+    by_kind = dict.fromkeys((Linear, ShortConv, Logits), 0)
+    for operation, spent in zip(program.operations, cost.costs(program, Storage("nf4", "nf4")), strict=True):
+        if type(operation) in by_kind:
+            by_kind[type(operation)] += spent.weight_bytes
+    assert [round(count / 1e9, 3) for count in by_kind.values()] == [linear, conv, head]
+
+    def gigabytes(storage):
+        return cost.weight_bytes_per_token([program], storage) / 1e9
+
+    # The published tables count norms and biases, too: 2 bytes each here.
+    vectors = 2e-9 * sum(weight.size for weight in program.weights if weight.kind is Kind.VECTOR)
+    assert gigabytes(BF16) + vectors == pytest.approx(sixteen_bit, abs=6e-4)
+    assert gigabytes(Storage("nf4", "bf16")) + vectors == pytest.approx(mixed, abs=6e-4)
+    assert gigabytes(Storage("nf4", "nf4")) + vectors == pytest.approx(all_nf4, abs=6e-4)
+
+
+def test_the_reference_job():
+    """53.5 GB of weights a token in NF4 with the int8 head, 13.4 GB on each of four ranks, 252 messages of 32 KiB."""
+    programs = world("yuan2-102b", 4)
+    storage = Storage()
+    assert cost.weight_bytes_per_token(programs, storage) / 1e9 == pytest.approx(53.5, abs=0.05)
+    for program in programs:
+        spent = cost.total(cost.costs(program, storage))
+        assert spent.messages == 252
+        assert spent.message_bytes == 252 * 32768
+        assert cost.memory(program, storage, 0).weights == spent.weight_bytes
+        assert cost.memory(program, storage, 0).weights / 1e9 == pytest.approx(13.4, abs=0.05)
+        # A whole sequence of 4096 positions is 11.27 GB in 16 bits over all ranks.
+        assert cost.memory(program, storage, 4096).cache == 4096 * 2_752_512 // 4
+        assert cost.memory(program, storage, 1, sequences=3).cache == 3 * 2_752_512 // 4
+    whole = cost.total(cost.costs(*world("yuan2-102b", 1), storage))
+    assert whole.cache_bytes == whole.cache_bytes_per_position == 2_752_512
+    assert whole.operations == pytest.approx(2 * 102.57e9, rel=1e-3)
+    assert cost.embedding_bytes(programs[0], storage) == 2 * 1_106_247_680
+
+
+@pytest.mark.parametrize(("size", "bits"), [(1, 4.127), (4, 4.128), (8, 4.130)])
+def test_bits_per_nf4_weight(size, bits):
+    """Copies of group scales that ranks share cost little: at most 4.14 bits up to 8 ranks."""
+    found = cost.bits_per_nf4_weight(world("yuan2-102b", size), Storage())
+    assert found == pytest.approx(bits, abs=1.1e-3)
+    assert found <= 4.14
+
+
+def test_bits_where_nothing_is_nf4():
+    assert cost.bits_per_nf4_weight(world("yuan2-2b", 1), BF16) is None
+
+
+@pytest.mark.parametrize("columns", [64, 128, 192, 704, 2048, 5632, 8192])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 7, 100, 1025])
+def test_scale_groups_are_counted_one_by_one(rows, columns, size):
+    for rank in range(size):
+        part = Share(rank, size).split(columns, 64)
+        for held in (Range(0, rows), Range(rows // 3, rows)):
+            weight = Weight("w", Kind.MATRIX, (rows, columns), held, part)
+            per_row = columns // 64
+            blocks = np.arange(held.start, held.stop)[:, None] * per_row + np.arange(part.start // 64, part.stop // 64)
+            assert cost.groups_touched(weight) == len(np.unique(blocks // 256))
+
+
+def test_bytes_of_one_weight():
+    whole = Weight("w", Kind.MATRIX, (512, 128), Range(0, 512), Range(0, 128))
+    assert cost.weight_bytes(whole, "nf4") == 512 * 128 // 2 + 1024 + 4 * 4
+    assert cost.weight_bytes(whole, "int8") == 512 * 128 + 4 * 1024
+    assert cost.weight_bytes(whole, "bf16") == 2 * 512 * 128
+    assert cost.weight_bytes(whole, "float32") == 4 * 512 * 128
+    empty = Weight("w", Kind.MATRIX, (512, 128), Range(7, 7), Range(0, 128))
+    assert all(cost.weight_bytes(empty, stored) == 0 for stored in cost.FORMATS)
+
+
+def test_rows_that_cannot_be_cut_into_blocks_stay_bf16():
+    weight = Weight("w", Kind.MATRIX, (64, 172), Range(0, 64), Range(0, 172))
+    assert Storage("nf4").of(weight) == Storage("int8").of(weight) == "bf16"
+    assert Storage("float32").of(weight) == "float32"
+    convolution = Weight("c", Kind.CONV, (32, 32, 2, 1), Range(0, 32), Range(0, 64))
+    assert Storage("nf4").of(convolution) == "nf4"
+    vector = Weight("v", Kind.VECTOR, (64,), Range(0, 64), Range(0, 1))
+    assert Storage("nf4").of(vector) == "float32"
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_uneven_ranks_hold_the_whole_between_them(size):
+    """64 heads over 3 or 5 ranks; a column split at whole heads of 128 cuts no block, so nothing is held twice."""
+    held = [cost.memory(program, BF16, 0).weights for program in world("yuan2-102b", size)]
+    assert sum(held) == cost.memory(*world("yuan2-102b", 1), BF16, 0).weights
+    assert max(held) / min(held) < 1.1
+
+
+def test_blocks_and_heads_held_twice_are_counted():
+    """Heads of 24 end inside blocks of 64, and 3 ranks share 2 key/value heads."""
+    model = read_config({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 16,
+    })  # fmt: skip
+    programs = [model.program(Share(rank, 3)) for rank in range(3)]
+    held = {
+        name: sum(w.size for p in programs for w in p.weights if w.name.endswith(f"{name}.weight"))
+        for name in ("q_proj", "k_proj", "o_proj", "down_proj")
+    }
+    assert held == {"q_proj": 64 * 144, "k_proj": 64 * 24 * 4, "o_proj": 64 * (64 + 128 + 80), "down_proj": 64 * 64}
+
+
+def test_a_message_is_the_same_for_every_rank():
+    for program in world("llama-1b", 3):
+        spent = [
+            one for one, operation in zip(cost.costs(program, Storage()), program.operations, strict=True)
+            if isinstance(operation, AllReduce)
+        ]  # fmt: skip
+        assert len(spent) == 32
+        assert {one.message_bytes for one in spent} == {8192}
+
+
+def test_barriers_follow_the_data():
+    """A Llama layer: before the norm, q k v, rotation, attention, output, sum; norm, gate and up, glu, down, sum."""
+    (program,) = world("llama-1b", 1)
+    waits = cost.barriers(program)
+    layer = [wait for wait, number in zip(waits, program.layer_of, strict=True) if number == 3]
+    names = [type(op).__name__ for op, number in zip(program.operations, program.layer_of, strict=True) if number == 3]
+    assert names == (
+        "RmsNorm Linear RopeAndStore Attention Linear AllReduce Add RmsNorm Linear Glu Linear AllReduce Add".split()
+    )
+    assert layer == [True] * 6 + [False] + [True] * 5 + [False]
+    assert not waits[0]
+
+
+def test_balance_over_threads():
+    (program,) = world("llama-1b", 1)
+    assert cost.balance(program, 1, Storage()) == 1
+    assert cost.balance(program, 2, Storage()) == 1
+    assert 0.9 < cost.balance(program, 24, Storage()) < 1
+    # 64 rows of 16 panels in each: 4 threads of 5 work.
+    narrow = read_config({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64,
+    }).program(Share())  # fmt: skip
+    by_hand = [(64 * 3, 12), (64, 4), (64 * 2, 8), (64, 4), (64, 4)]
+    mean, largest = (sum(f) for f in zip(*((r / 5, 16 * math.ceil(p / 5)) for r, p in by_hand), strict=True))
+    assert cost.balance(narrow, 5, BF16) == pytest.approx(mean / largest)
+
+
+def test_the_largest_job_is_counted_quickly():
+    start = time.perf_counter()
+    program = world("yuan2-102b", 8)[3]
+    cost.costs(program, Storage())
+    cost.balance(program, 64, Storage())
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,288 @@
+"""Adds up a program: bytes, arithmetic, messages and waits, operation by operation and rank by rank.
+
+It is where the bytes of every plan and every speed figure come from. Counts what is at rest in memory and read for a
+step; knows no machine, no time, and reads no weights. Not counted, as they vanish beside the weights: NF4's offset
+and tables, one set for each tensor, and rows that a kernel adds to fill a share's last panel.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+from tpcpu.parallel.partition import Range, Share
+from tpcpu.program.operations import (
+    BLOCK,
+    Add,
+    AllReduce,
+    Attention,
+    Buffer,
+    Embed,
+    Glu,
+    Kind,
+    Linear,
+    Logits,
+    Operation,
+    Program,
+    RmsNorm,
+    RopeAndStore,
+    ShortConv,
+    Weight,
+    inputs,
+    outputs,
+    weights,
+)
+
+GROUP = 256
+"""Blocks of NF4, along the whole tensor row by row, that share a float32 scale of their 8-bit scales."""
+
+PANEL_ROWS = 16
+"""Rows that a thread takes together."""
+
+FLOAT_BYTES = {"float32": 4, "float16": 2, "bf16": 2}
+FORMATS = ("nf4", "int8", *FLOAT_BYTES)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The formats that weights and cache have in memory. Norms and biases are float32."""
+
+    matrices: str = "nf4"
+    head: str = "int8"
+    embedding: str = "bf16"
+    cache: str = "bf16"
+
+    def of(self, weight: Weight) -> str:
+        """The format of one weight; what has rows of no multiple of 64 cannot be cut into blocks and stays bf16."""
+        match weight.kind:
+            case Kind.VECTOR:
+                return "float32"
+            case Kind.EMBEDDING:
+                return self.embedding
+            case _:
+                wanted = self.head if weight.kind is Kind.HEAD else self.matrices
+                return "bf16" if wanted not in FLOAT_BYTES and weight.full_columns % BLOCK else wanted
+
+
+def weight_bytes(weight: Weight, stored: str) -> int:
+    """Bytes of a rank's part of a weight in the format `stored`, its scales included."""
+    blocks = weight.size // BLOCK
+    match stored:
+        case "nf4":
+            return weight.size // 2 + blocks + 4 * groups_touched(weight)
+        case "int8":
+            return weight.size + 4 * blocks
+        case _:
+            return weight.size * FLOAT_BYTES[stored]
+
+
+def groups_touched(weight: Weight) -> int:
+    """NF4 scale groups in which a rank has blocks: a rank that holds some columns shares groups with its neighbours."""
+    if not weight.size:
+        return 0
+    per_row, part = weight.full_columns // BLOCK, weight.columns.blocks(BLOCK)
+    # After `period` rows the pattern of groups repeats, moved on by a whole number of groups.
+    period = GROUP // math.gcd(per_row, GROUP)
+    first, rows = weight.rows.start, len(weight.rows)
+    if rows <= 2 * period:
+        return _groups_of_rows(per_row, part, first, rows)
+    once = _groups_of_rows(per_row, part, first, period)
+    repeated = _groups_of_rows(per_row, part, first, 2 * period) - once
+    return _groups_of_rows(per_row, part, first, period + rows % period) + (rows // period - 1) * repeated
+
+
+@lru_cache(maxsize=1000)
+def _groups_of_rows(per_row: int, part: Range, first: int, rows: int) -> int:
+    """Groups that blocks `part` of these rows touch; a row's are consecutive, and the first may be counted already."""
+    count, last = 0, -1
+    for row in range(first, first + rows):
+        start, stop = (row * per_row + part.start) // GROUP, (row * per_row + part.stop - 1) // GROUP
+        count += stop - max(start, last + 1) + 1
+        last = stop
+    return count
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What operations of one rank cost. Weights are read once for a step, whatever the number of its tokens."""
+
+    weight_bytes: int = 0
+    """Weights that are multiplied: linear, convolution, head."""
+    other_bytes: int = 0
+    """Norms, biases, and a token's row of the embedding."""
+    operations: int = 0
+    """Additions and multiplications for one token; an exponential counts as one."""
+    operations_per_position: int = 0
+    """More of them for every position attended to."""
+    cache_bytes: int = 0
+    """Written to the cache for one token."""
+    cache_bytes_per_position: int = 0
+    """Read from the cache for one token and every position attended to."""
+    messages: int = 0
+    """All-reduces."""
+    message_bytes: int = 0
+    """The float32 part that this rank gives to them for one token."""
+    barriers: int = 0
+    """Waits of a rank's threads for one another, as the operations stand: before any is joined to its neighbour."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)))
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum."""
+    return sum(costs, Cost())
+
+
+def costs(program: Program, storage: Storage) -> tuple[Cost, ...]:
+    """The cost of each operation of a rank."""
+    waits = barriers(program)
+    return tuple(
+        _cost(operation, program, storage) + Cost(barriers=int(wait))
+        for operation, wait in zip(program.operations, waits, strict=True)
+    )
+
+
+def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
+    multiplied = [weight for weight in weights(operation) if weight.kind.multiplies or weight.kind is Kind.HEAD]
+    vectors = [weight for weight in weights(operation) if weight.kind is Kind.VECTOR]
+    held = Cost(
+        weight_bytes=sum(weight_bytes(weight, storage.of(weight)) for weight in multiplied),
+        other_bytes=sum(weight_bytes(weight, "float32") for weight in vectors),
+    )
+    item = FLOAT_BYTES[storage.cache]
+    match operation:
+        case Embed(weight=weight):
+            return held + Cost(other_bytes=weight.full_columns * FLOAT_BYTES[storage.embedding])
+        case Add():
+            return held + Cost(operations=operation.out.width * (2 if operation.bias else 1))
+        case RmsNorm():
+            return held + Cost(operations=4 * operation.out.width)
+        case Linear() | ShortConv() | Logits():
+            multiplications = sum(weight.size for weight in multiplied)
+            return held + Cost(operations=2 * multiplications + sum(weight.size for weight in vectors))
+        case RopeAndStore(q=q, k=k, v=v):
+            written = (k.count * k.dim + v.count * v.dim) * item
+            return Cost(operations=3 * (q.count * q.dim + k.count * k.dim), cache_bytes=written)
+        case Attention():
+            cached = program.kv[operation.layer]
+            return Cost(
+                operations_per_position=operation.heads * (4 * operation.head_dim + 3),
+                cache_bytes_per_position=2 * cached.heads * cached.head_dim * item,
+            )
+        case Glu():
+            return Cost(operations=4 * len(operation.out.own))
+        case AllReduce():
+            return Cost(
+                messages=1,
+                message_bytes=operation.x.width * 4,
+                operations=operation.x.width * (program.share.size - 1),
+            )
+
+
+def barriers(program: Program) -> tuple[bool, ...]:
+    """For each operation, whether threads wait for one another before it.
+
+    They do where an operation may read what another thread has written since the last wait. Additions and
+    all-reduces are divided by columns, all in the same way, so that a chain of them crosses no threads.
+    """
+    written: dict[Buffer, bool] = {}
+    """Since the last wait; whether by columns."""
+    waits = []
+    for operation in program.operations:
+        by_columns = isinstance(operation, Add | AllReduce)
+        read = [written[buffer] for buffer in inputs(operation) if buffer in written]
+        crosses = bool(read) and not (by_columns and all(read))
+        if crosses:
+            written.clear()
+        written |= dict.fromkeys(outputs(operation), by_columns)
+        waits.append(crosses)
+    return tuple(waits)
+
+
+# Sums over a program, and over all ranks.
+
+
+def parameters(program: Program) -> int:
+    """Parameters of the whole model, from the program of any rank; a tied head counts once."""
+    return sum({weight.name: math.prod(weight.full_shape) for weight in program.weights}.values())
+
+
+def weight_bytes_per_token(programs: Sequence[Program], storage: Storage) -> int:
+    """Bytes of the weights that all ranks multiply for one token; the embedding's never."""
+    return sum(total(costs(program, storage)).weight_bytes for program in programs)
+
+
+def bits_per_nf4_weight(programs: Sequence[Program], storage: Storage) -> float | None:
+    """Mean over all NF4 weights that the ranks hold; None where nothing is NF4."""
+    held = [weight for program in programs for weight in program.weights if storage.of(weight) == "nf4"]
+    count = sum(weight.size for weight in held)
+    return 8 * sum(weight_bytes(weight, "nf4") for weight in held) / count if count else None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank keeps; activations and the checkpoint's mapped pages are not counted."""
+
+    weights: int
+    vectors: int
+    cache: int
+    """Keys and values of one sequence that fills the context."""
+    states: int
+    """The convolutions' inputs of one sequence, float32."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.vectors + self.cache + self.states
+
+
+def memory(program: Program, storage: Storage, context: int, sequences: int = 1) -> Memory:
+    """What one rank keeps for sequences of `context` positions. The embedding is kept once per host: see below."""
+    return Memory(
+        weights=sum(
+            weight_bytes(weight, storage.of(weight))
+            for weight in program.weights
+            if weight.kind.multiplies or weight.kind is Kind.HEAD
+        ),
+        vectors=sum(weight_bytes(weight, "float32") for weight in program.weights if weight.kind is Kind.VECTOR),
+        cache=sum(2 * kv.heads * kv.head_dim for kv in program.kv) * FLOAT_BYTES[storage.cache] * context * sequences,
+        states=4 * sum(program.states) * sequences,
+    )
+
+
+def embedding_bytes(program: Program, storage: Storage) -> int:
+    """Bytes of the embedding, which the ranks of a host share."""
+    return sum(
+        math.prod(weight.full_shape) * FLOAT_BYTES[storage.embedding]
+        for weight in program.weights
+        if weight.kind is Kind.EMBEDDING
+    )
+
+
+def balance(program: Program, threads: int, storage: Storage) -> float:
+    """How evenly whole panels of 16 rows divide the weights over a rank's threads: mean ÷ largest share of bytes.
+
+    Operations follow one another, so the largest share is taken operation by operation. 1 where nothing is held.
+    """
+    mean = largest = 0.0
+    for operation in program.operations:
+        held = [
+            (len(weight.rows), weight_bytes(weight, storage.of(weight)) / len(weight.rows))
+            for weight in weights(operation)
+            if weight.size and (weight.kind.multiplies or weight.kind is Kind.HEAD)
+        ]
+        panels = sum(-(-rows // PANEL_ROWS) for rows, _ in held)
+        parts = [Share(thread, threads).split(panels) for thread in range(threads)]
+        shares = [_bytes_before(part.stop, held) - _bytes_before(part.start, held) for part in parts]
+        mean += sum(shares) / threads
+        largest += max(shares)
+    return mean / largest if largest else 1.0
+
+
+def _bytes_before(panel: int, held: Sequence[tuple[int, float]]) -> float:
+    """Of the panels before number `panel`; `held` gives rows and bytes of a row, a weight's last panel may be short."""
+    before = 0.0
+    for rows, row_bytes in held:
+        before += min(panel * PANEL_ROWS, rows) * row_bytes
+        panel = max(panel - -(-rows // PANEL_ROWS), 0)
+    return before
