@@ -1,0 +1,321 @@
+"""The command line's frame: which module is loaded, what an error looks like, where output goes."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from tpcpu import __version__, cli
+from tpcpu.cli import flags, output
+from tpcpu.errors import ConfigError, RankError, SamplingError
+
+
+@pytest.fixture(autouse=True)
+def _not_launched(monkeypatch):
+    for name in output.RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Installs a command `probe` beside `other`, whose import fails the test; returns a setter of what `probe` does."""
+    module = ModuleType("tpcpu.cli.probe")
+
+    def add_parser(subparsers):
+        parser = subparsers.add_parser("probe", help="a probe")
+        parser.add_argument("--count", type=flags.positive, default=1)
+
+    def install(run):
+        module.add_parser = add_parser
+        module.run = run
+        monkeypatch.setattr(cli, "COMMANDS", ("probe", "other"))
+        monkeypatch.setitem(sys.modules, "tpcpu.cli.probe", module)
+        monkeypatch.setitem(sys.modules, "tpcpu.cli.other", None)  # importing it raises
+
+    return install
+
+
+def raising(error):
+    def run(_args):
+        raise error
+
+    return run
+
+
+def test_only_the_named_command_is_imported(command):
+    command(lambda args: args.count)
+    assert cli.main(["probe", "--count", "7"]) == 7
+    with pytest.raises(ImportError):
+        cli.main(["--help"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("config.json: nothing works"), 2, "config.json: nothing works"),
+        (RankError("rank 2 (host a) died in layer 3 all_reduce"), 1, "rank 2 (host a) died in layer 3 all_reduce"),
+        (
+            ConfigError("two\nlines, a bell \a and half a pair \ud800"),
+            2,
+            "two lines, a bell \\x07 and half a pair \\ud800",
+        ),
+        (MemoryError("cannot allocate 5.0 GB"), 1, "out of memory: cannot allocate 5.0 GB; a smaller --context"),
+        (MemoryError(), 1, "out of memory; a smaller --context"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(command, capsys, error, code, line):
+    command(raising(error))
+    assert cli.main(["probe"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"tpcpu: error: {line}")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+
+
+def test_ctrl_c_is_130_and_silent(command, capsys):
+    command(raising(KeyboardInterrupt()))
+    assert cli.main(["probe"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_programming_error_keeps_its_traceback(command):
+    command(raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["probe"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["probe", "--count", "0"], "argument --count: found '0', expected a whole number of at least 1"),
+        (["probe", "--count", "1.5"], "argument --count: found '1.5'"),
+        (["probe", "--cou", "1"], "unrecognized arguments: --cou 1"),  # no abbreviations
+        (["probe", "stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(command, capsys, arguments, part):
+    command(lambda _args: 0)
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("tpcpu: error: ")
+    assert part in err
+    assert "tpcpu probe --help" in err or "tpcpu --help" in err
+    assert err.count("\n") == 1
+
+
+def test_a_user_mistake_is_said_by_rank_0_a_failure_by_any_rank(command, capsys, monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "1")
+    command(raising(ConfigError("met by all")))
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err == ""
+    command(raising(RankError("met by one")))
+    assert cli.main(["probe"]) == 1
+    assert "met by one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({}, True),
+        ({"PMI_RANK": "0"}, True),
+        ({"PMI_RANK": "3"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, False),
+        ({"SLURM_PROCID": "1"}, False),
+        # the one mpiexec of a SLURM step numbers the ranks, whatever the step's own number is
+        ({"SLURM_PROCID": "1", "PMI_RANK": "0"}, True),
+        ({"SLURM_PROCID": "0", "PMI_RANK": "1"}, False),
+    ],
+)
+def test_rank_0_speaks(environment, speaks):
+    assert output.is_speaker(environment) is speaks
+
+
+def test_output_without_json(capsys):
+    out = output.Output(as_json=False)
+    out.note("reading")
+    out.text("Once ")
+    out.line("upon")
+    out.result({"ids": [1]})
+    assert capsys.readouterr() == ("Once upon\n", "tpcpu: reading\n")
+
+
+def test_output_with_json_keeps_standard_output_for_one_line(capsys):
+    out = output.Output(as_json=True)
+    out.line("Once upon")
+    out.result({"text": "é \ud800", "ids": [1, 2]})
+    stdout, stderr = capsys.readouterr()
+    assert stderr == "Once upon\n"
+    assert stdout.count("\n") == 1
+    assert json.loads(stdout) == {"text": "é \ud800", "ids": [1, 2]}
+
+
+def test_output_refuses_numbers_that_json_does_not_have():
+    with pytest.raises(ValueError, match="JSON"):
+        output.Output(as_json=True).result({"nll": float("nan")})
+
+
+def test_followers_print_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "1")
+    out = output.Output(as_json=True)
+    out.line("a")
+    out.note("b")
+    out.result({})
+    assert capsys.readouterr() == ("", "")
+
+
+def parse(add, *arguments):
+    parser = cli.Parser(prog="tpcpu probe")
+    add(parser)
+    return parser.parse_args(arguments)
+
+
+def test_model_flags_have_the_defaults_of_the_documentation():
+    args = parse(flags.model_flags, "--model", "folder")
+    assert vars(args) == {
+        "model": "folder",
+        "format": None,
+        "lm_head": None,
+        "context": None,
+        "exact": False,
+        "ranks": "auto",
+        "threads": None,
+        "chunk_tokens": None,
+        "page_tokens": None,
+        "kv_cache": None,
+        "all_reduce": "ordered",
+        "json": False,
+    }
+
+
+@pytest.mark.parametrize(("text", "value"), [("3", 3), ("auto", "auto")])
+def test_ranks(text, value):
+    assert parse(flags.model_flags, "--model", "m", "--ranks", text).ranks == value
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "", "2.0"])
+def test_impossible_ranks(text):
+    with pytest.raises(cli.UsageError, match="expected a whole number of at least 1, or auto"):
+        parse(flags.model_flags, "--model", "m", "--ranks", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """Stands for SamplingParams, so that this test holds without that package."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise SamplingError("temperature: found -1, expected 0 or more")
+
+
+@pytest.fixture
+def _params(monkeypatch):
+    sampling = ModuleType("tpcpu.sampling")
+    sampling.SamplingParams = Params
+    monkeypatch.setitem(sys.modules, "tpcpu.sampling", sampling)
+
+
+@pytest.mark.usefixtures("_params")
+def test_sampling_flags_that_are_not_given_leave_the_defaults():
+    args = parse(flags.sampling_flags)
+    assert flags.sampling_params(args) == Params()
+    assert flags.sampling_params(args, {"temperature": 0.7}) == Params(temperature=0.7)
+
+
+@pytest.mark.usefixtures("_params")
+def test_sampling_flags_that_are_given_win():
+    given = ["--max-tokens", "5", "--temperature", "0", "--stop", "a", "--stop", "b", "--ignore-eos", "--seed", "9"]
+    args = parse(flags.sampling_flags, *given)
+    expected = Params(max_tokens=5, temperature=0.0, stop=("a", "b"), ignore_eos=True, seed=9)
+    assert flags.sampling_params(args, {"temperature": 0.7}) == expected
+
+
+@pytest.mark.usefixtures("_params")
+def test_impossible_sampling_values_are_told_by_those_who_know():
+    with pytest.raises(SamplingError):
+        flags.sampling_params(parse(flags.sampling_flags, "--temperature", "-1"))
+
+
+def test_every_sampling_flag_is_a_field_of_sampling_params():
+    from tpcpu.sampling import SamplingParams
+
+    names = {action.dest for action in _actions(flags.sampling_flags)}
+    assert names <= {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+def _actions(add):
+    parser = argparse.ArgumentParser(add_help=False)
+    add(parser)
+    return parser._actions
+
+
+@pytest.mark.parametrize(
+    ("library", "says"), [("MPICH 5.0.2", "MPICH 5.0.2"), (None, "no MPI library (one rank works")]
+)
+def test_version_is_one_line(capsys, monkeypatch, library, says):
+    monkeypatch.setattr("tpcpu.parallel.library.library_name", lambda: library)
+    assert cli.main(["--version"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"tpcpu {__version__}, {says}")
+    assert "NUMA node" in line
+    assert "core" in line
+    assert line.count("\n") == 1
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert [name for name in cli.COMMANDS if f"    {name} " not in text] == []
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command(capsys, name):
+    assert cli.main([name, "--help"]) == 0
+    assert f"tpcpu {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--bogus"], []])
+def test_help_and_usage_errors_load_no_kernel_and_no_mpi(arguments):
+    code = f"from tpcpu.cli import main; main({arguments!r}); import sys; print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    heavy = {"numba", "llvmlite", "mpi4py", "numpy", "torch", "tokenizers", "sentencepiece", "jinja2"}
+    assert heavy.isdisjoint(done.stderr.split())
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    """`tpcpu ... | head -1`: the pipe breaks while the answer still streams."""
+    code = (
+        "import sys, types\n"
+        "from tpcpu import cli\n"
+        "probe = types.ModuleType('tpcpu.cli.probe')\n"
+        "probe.add_parser = lambda subparsers: subparsers.add_parser('probe')\n"
+        "def run(args):\n"
+        "    from tpcpu.cli.output import Output\n"
+        "    while True:\n"
+        "        Output(as_json=False).line('Once upon a time')\n"
+        "probe.run = run\n"
+        "sys.modules['tpcpu.cli.probe'] = probe\n"
+        "cli.COMMANDS = ('probe',)\n"
+        "sys.exit(cli.main(['probe']))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"Once upon a time\n"
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == b""
