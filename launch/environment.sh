@@ -13,13 +13,13 @@ fail() {
 }
 
 # phase WORD COMMAND...: runs the command quietly and prints the word with the seconds that it took;
-# the last lines of what the command wrote are shown when it fails.
+# the last lines of what the command wrote are shown when it fails. A quarter of an hour is the limit.
 phase() {
     local word=$1 start=$SECONDS
     shift
     mkdir -p "${LOG%/*}"
     printf '%-34s ' "$word ..." >&2
-    if "$@" >>"$LOG" 2>&1; then
+    if timeout 900 "$@" >>"$LOG" 2>&1; then
         printf '%4d s\n' "$((SECONDS - start))" >&2
     else
         printf 'failed after %d s; the end of %s:\n' "$((SECONDS - start))" "$LOG" >&2
