@@ -12,11 +12,12 @@ import pytest
 from tpcpu import __version__, cli
 from tpcpu.cli import flags, output
 from tpcpu.errors import ConfigError, RankError, SamplingError
+from tpcpu.sampling import SamplingParams
 
 
 @pytest.fixture(autouse=True)
 def _not_launched(monkeypatch):
-    for name in output.RANK_VARIABLES:
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,6 +38,11 @@ def command(monkeypatch):
         monkeypatch.setitem(sys.modules, "tpcpu.cli.other", None)  # importing it raises
 
     return install
+
+
+def launched_as_rank_1(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("PMI_RANK", "1")
 
 
 def raising(error):
@@ -109,7 +115,7 @@ def test_a_wrong_command_line_is_one_line(command, capsys, arguments, part):
 
 
 def test_a_user_mistake_is_said_by_rank_0_a_failure_by_any_rank(command, capsys, monkeypatch):
-    monkeypatch.setenv("PMI_RANK", "1")
+    launched_as_rank_1(monkeypatch)
     command(raising(ConfigError("met by all")))
     assert cli.main(["probe"]) == 2
     assert capsys.readouterr().err == ""
@@ -122,13 +128,9 @@ def test_a_user_mistake_is_said_by_rank_0_a_failure_by_any_rank(command, capsys,
     ("environment", "speaks"),
     [
         ({}, True),
-        ({"PMI_RANK": "0"}, True),
-        ({"PMI_RANK": "3"}, False),
-        ({"OMPI_COMM_WORLD_RANK": "1"}, False),
-        ({"SLURM_PROCID": "1"}, False),
-        # the one mpiexec of a SLURM step numbers the ranks, whatever the step's own number is
-        ({"SLURM_PROCID": "1", "PMI_RANK": "0"}, True),
-        ({"SLURM_PROCID": "0", "PMI_RANK": "1"}, False),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, True),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, False),
     ],
 )
 def test_rank_0_speaks(environment, speaks):
@@ -160,7 +162,7 @@ def test_output_refuses_numbers_that_json_does_not_have():
 
 
 def test_followers_print_nothing(capsys, monkeypatch):
-    monkeypatch.setenv("PMI_RANK", "1")
+    launched_as_rank_1(monkeypatch)
     out = output.Output(as_json=True)
     out.line("a")
     out.note("b")
@@ -203,58 +205,22 @@ def test_impossible_ranks(text):
         parse(flags.model_flags, "--model", "m", "--ranks", text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Params:
-    """Stands for SamplingParams, so that this test holds without that package."""
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise SamplingError("temperature: found -1, expected 0 or more")
-
-
-@pytest.fixture
-def _params(monkeypatch):
-    sampling = ModuleType("tpcpu.sampling")
-    sampling.SamplingParams = Params
-    monkeypatch.setitem(sys.modules, "tpcpu.sampling", sampling)
-
-
-@pytest.mark.usefixtures("_params")
 def test_sampling_flags_that_are_not_given_leave_the_defaults():
-    args = parse(flags.sampling_flags)
-    assert flags.sampling_params(args) == Params()
-    assert flags.sampling_params(args, {"temperature": 0.7}) == Params(temperature=0.7)
+    assert flags.sampling_params(parse(flags.sampling_flags)) == SamplingParams()
 
 
-@pytest.mark.usefixtures("_params")
-def test_sampling_flags_that_are_given_win():
-    given = ["--max-tokens", "5", "--temperature", "0", "--stop", "a", "--stop", "b", "--ignore-eos", "--seed", "9"]
-    args = parse(flags.sampling_flags, *given)
-    expected = Params(max_tokens=5, temperature=0.0, stop=("a", "b"), ignore_eos=True, seed=9)
-    assert flags.sampling_params(args, {"temperature": 0.7}) == expected
+def test_sampling_flags_that_are_given_count():
+    given = ["--max-tokens", "5", "--temperature", "0.5", "--stop", "a", "--stop", "b", "--ignore-eos", "--seed", "9"]
+    expected = SamplingParams(max_tokens=5, temperature=0.5, stop=("a", "b"), ignore_eos=True, seed=9)
+    assert flags.sampling_params(parse(flags.sampling_flags, *given)) == expected
 
 
-@pytest.mark.usefixtures("_params")
-def test_impossible_sampling_values_are_told_by_those_who_know():
-    with pytest.raises(SamplingError):
+def test_impossible_sampling_values_are_refused_where_their_meaning_is_known():
+    with pytest.raises(SamplingError, match="temperature"):
         flags.sampling_params(parse(flags.sampling_flags, "--temperature", "-1"))
 
 
 def test_every_sampling_flag_is_a_field_of_sampling_params():
-    from tpcpu.sampling import SamplingParams
-
     names = {action.dest for action in _actions(flags.sampling_flags)}
     assert names <= {field.name for field in dataclasses.fields(SamplingParams)}
 
@@ -265,17 +231,21 @@ def _actions(add):
     return parser._actions
 
 
-@pytest.mark.parametrize(
-    ("library", "says"), [("MPICH 5.0.2", "MPICH 5.0.2"), (None, "no MPI library (one rank works")]
-)
-def test_version_is_one_line(capsys, monkeypatch, library, says):
-    monkeypatch.setattr("tpcpu.parallel.library.library_name", lambda: library)
+def test_version_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tpcpu.parallel.mpi", ModuleType("tpcpu.parallel.mpi"))
+    monkeypatch.setattr("tpcpu.parallel.mpi.library_name", lambda: "MPICH 5.0.2", raising=False)
     assert cli.main(["--version"]) == 0
     line = capsys.readouterr().out
-    assert line.startswith(f"tpcpu {__version__}, {says}")
+    assert line.startswith(f"tpcpu {__version__}, MPICH 5.0.2, ")
     assert "NUMA node" in line
     assert "core" in line
     assert line.count("\n") == 1
+
+
+def test_version_without_an_mpi_says_so(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tpcpu.parallel.mpi", None)  # importing it raises ImportError
+    assert cli.main(["--version"]) == 0
+    assert ", no MPI library (one rank works; pip install 'tpcpu[mpich]' brings one), " in capsys.readouterr().out
 
 
 def test_help_names_every_command(capsys):

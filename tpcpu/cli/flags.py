@@ -6,8 +6,7 @@ those who use it; here a value only has to be of its kind.
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tpcpu.sampling import SamplingParams
@@ -76,18 +75,15 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the model's own end")
 
 
-def sampling_params(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> "SamplingParams":
-    """SamplingParams of the flags that were given, over `defaults` (a model's own), over those of SamplingParams.
+def sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    """SamplingParams of the flags that were given, its defaults for the others.
 
-    Raises SamplingError for values that are impossible.
+    A command's own flags count where they bear a field's name (--logprobs). Raises SamplingError for impossible values.
     """
     from tpcpu.sampling import SamplingParams
 
     names = [field.name for field in dataclasses.fields(SamplingParams)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    if "stop" in given:
-        given["stop"] = tuple(given["stop"])
-    return SamplingParams(**{**(defaults or {}), **given})
+    return SamplingParams(**{name: getattr(args, name) for name in names if getattr(args, name, None) is not None})
 
 
 def positive(text: str) -> int:

@@ -11,16 +11,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
-RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
-"""What launchers call a process's rank, most particular first: inside a SLURM step an mpiexec numbers its own ranks."""
-
 
 def is_speaker(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is rank 0 of its launch, or was not launched as one of several."""
-    for name in RANK_VARIABLES:
-        if name in environment:
-            return environment[name] == "0"
-    return True
+    from tpcpu.parallel.announcement import announced
+
+    announcement = announced(environment)
+    return announcement is None or announcement.rank == 0
 
 
 def print_error(message: str) -> None:

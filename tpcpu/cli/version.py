@@ -6,8 +6,15 @@ from tpcpu import __version__
 def version_line() -> str:
     """Version, MPI library, instruction set, sockets, NUMA nodes and cores, comma-separated."""
     from tpcpu.kernels import isa
-    from tpcpu.parallel.library import library_name
     from tpcpu.parallel.topology import Topology
 
-    library = library_name() or "no MPI library (one rank works; pip install 'tpcpu[mpich]' brings one)"
-    return f"tpcpu {__version__}, {library}, {isa.selected()}, {Topology.detect().describe()}"
+    return f"tpcpu {__version__}, {_library()}, {isa.selected()}, {Topology.detect().describe()}"
+
+
+def _library() -> str:
+    try:
+        from tpcpu.parallel.mpi import library_name
+
+        return library_name()
+    except (ImportError, RuntimeError):  # mpi4py is missing, or finds no library to load
+        return "no MPI library (one rank works; pip install 'tpcpu[mpich]' brings one)"
