@@ -232,8 +232,9 @@ def _actions(add):
 
 
 def test_version_is_one_line(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tpcpu.parallel.mpi", ModuleType("tpcpu.parallel.mpi"))
-    monkeypatch.setattr("tpcpu.parallel.mpi.library_name", lambda: "MPICH 5.0.2", raising=False)
+    mpi = ModuleType("tpcpu.parallel.mpi")
+    mpi.library_name = lambda: "MPICH 5.0.2"
+    monkeypatch.setitem(sys.modules, "tpcpu.parallel.mpi", mpi)
     assert cli.main(["--version"]) == 0
     line = capsys.readouterr().out
     assert line.startswith(f"tpcpu {__version__}, MPICH 5.0.2, ")
