@@ -102,7 +102,12 @@ def _notes(results: Path) -> list[tuple[str, int]]:
 
 
 def _meaning(status: int) -> str:
-    known = {5: "no test was found", 124: "ended at its time limit", 137: "killed at its time limit"}
+    known = {
+        4: "pytest refused its arguments or found no such folder",
+        5: "no test was found",
+        124: "ended at its time limit",
+        137: "killed at its time limit",
+    }
     return known.get(status, f"exit status {status}")
 
 
