@@ -31,13 +31,16 @@ phase() {
 # A name on the PATH may be a wrapper that runs nothing, so each candidate is asked and not only looked up.
 find_python() {
     local candidate
-    for candidate in "${TPCPU_PYTHON:-python3}" python3.13 python3.12 python3.11 python3.14 python; do
+    local candidates=(python3 python3.13 python3.12 python3.11 python3.14 python)
+    [ -z "${TPCPU_PYTHON:-}" ] || candidates=("$TPCPU_PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    fail "no Python 3.11, 3.12, 3.13 or 3.14 found on the PATH (python3 is $(python3 -V 2>&1 || true));" \
+    fail "no Python 3.11, 3.12, 3.13 or 3.14 that runs; tried ${candidates[*]}, and" \
+        "${candidates[0]} is $("${candidates[0]}" -V 2>&1 || true);" \
         "install one, or name it: TPCPU_PYTHON=/path/to/python3.12 $0"
 }
 
