@@ -68,33 +68,50 @@ def kernel(name: str) -> Callable[[Callable[[int, int, int], None]], Kernel]:
     return lambda function: Kernel(function, name)
 
 
+def function(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compiles a function that Python calls, or finds it compiled, when it is defined. It runs without the GIL."""
+
+    def decorate(python: Callable[..., Any]) -> Any:
+        with _filling(f"function-{python.__name__}"):
+            return njit(signature, nogil=True, cache=True, error_model="numpy")(python)
+
+    return decorate
+
+
 def prepare(kernels: Iterable[Kernel], report: Callable[[str], None] | None = None) -> None:
     """Compiles those kernels that this machine has not compiled yet, and loads the others.
 
     `report` is told when compiling begins and how long it took.
     """
     wanted = [each for each in kernels if not each.ready]
+    missing = sum(not _marker(each.name).exists() for each in wanted)
+    if missing and report:
+        report(f"compiling {missing} kernels for {_chosen.name}, once per machine")
+    begin = time.monotonic()
+    for each in wanted:
+        with _filling(each.name):
+            each._compile()
+    if missing and report:
+        report(f"compiled in {time.monotonic() - begin:.1f} s")
+
+
+@contextmanager
+def _filling(name: str) -> Iterator[None]:
+    """Around the compiling of one function: alone on this machine, unless the cache has it already."""
+    marker = _marker(name)
     with _numba_cache_dir():
-        if any(not _marker(each).exists() for each in wanted):
-            with (folder() / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                missing = [each for each in wanted if not _marker(each).exists()]
-                if missing and report:
-                    report(f"compiling {len(missing)} kernels for {_chosen.name} (once per machine)")
-                begin = time.monotonic()
-                for each in missing:
-                    each._compile()
-                    _marker(each).touch()
-                if missing and report:
-                    report(f"compiled in {time.monotonic() - begin:.1f} s")
-        for each in wanted:
-            if not each.ready:
-                each._compile()
+        if marker.exists():
+            yield
+            return
+        with (folder() / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+            marker.touch()
 
 
-def _marker(of: Kernel) -> Path:
-    """Stands where a kernel is completely in the cache."""
-    return folder() / f"{of.name}.compiled"
+def _marker(name: str) -> Path:
+    """Stands where a function is completely in the cache."""
+    return folder() / f"{name}.compiled"
 
 
 def _sources() -> list[Path]:

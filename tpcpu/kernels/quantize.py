@@ -24,6 +24,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
+from tpcpu.kernels.compile import function
+
 njit: Any = numba.njit  # numba describes some of its types, and mypy does not agree with how these are used
 intrinsic: Any = numba_intrinsic
 
@@ -37,7 +39,6 @@ GROUP = 256
 
 _SMALLEST = np.float32(1e-38)
 
-_OPTIONS = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 _INLINED = {
     "forceinline": True,
     "boundscheck": False,
@@ -108,7 +109,7 @@ def _widen(dtype, source, block):
             out[i] = single[i]
 
 
-@njit(types.int64(*[types.int64] * 7), **_OPTIONS)
+@function(types.int64(*[types.int64] * 7))
 def block_maxima(dtype, source, rows, blocks, stride, maxima, maxima_stride):
     """Largest magnitude of each block, float32, to `maxima`.
 
@@ -167,7 +168,7 @@ def _nf4_code(x):
     return np.uint8(code)
 
 
-@njit(types.void(*[types.int64] * 9), **_OPTIONS)
+@function(types.void(*[types.int64] * 9))
 def nf4_codes(dtype, source, rows, blocks, stride, maxima, maxima_stride, codes, codes_stride):
     """Packed NF4 codes, 32 bytes a block, to `codes`, given the block maxima."""
     item = 4 if dtype == F32 else 2
@@ -190,7 +191,7 @@ def nf4_codes(dtype, source, rows, blocks, stride, maxima, maxima_stride, codes,
                 out[i] = np.uint8((pair[i] << np.uint16(4)) | (pair[i] >> np.uint16(8)))
 
 
-@njit(types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64), **_OPTIONS)
+@function(types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64))
 def nf4_scale_codes(maxima, blocks, offset, nearest, codes, groups):
     """8-bit codes of the scales of `blocks` blocks, counted from the start of a group, and the float32 scale of each
     group.
@@ -217,7 +218,7 @@ def nf4_scale_codes(maxima, blocks, offset, nearest, codes, groups):
                 out[block] = table[np.int64((relative + np.float32(1)) * np.float32(32767.5) + np.float32(0.5))]
 
 
-@njit(types.void(*[types.int64] * 11), **_OPTIONS)
+@function(types.void(*[types.int64] * 11))
 def int8_values(
     dtype, source, rows, blocks, stride, maxima, maxima_stride, values, values_stride, scales, scales_stride
 ):

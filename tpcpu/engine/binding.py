@@ -1,0 +1,145 @@
+"""What a checkpoint holds against what a program declares: every weight once, in its shape, nothing left over.
+
+Decides, before any memory is taken, in which format each weight will be held. Knows formats by their names and by how
+they are stored; reads no values.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tpcpu.checkpoint import Checkpoint
+from tpcpu.errors import CheckpointError, UsageError
+from tpcpu.formats import int8, nf4
+from tpcpu.formats.floats import FLOATS
+from tpcpu.kernels import record as R
+from tpcpu.models import Model
+from tpcpu.program.operations import BLOCK, Kind, Program, Weight
+
+FORMATS = ("nf4", "int8", "bf16", "float32")
+"""Formats that weights can be held in. float16 weights stay float16 unless another is asked for."""
+
+HEAD_FORMATS = ("int8", "bf16", "nf4")
+
+STORED = {"BF16": "bf16", "F16": "f16", "F32": "float32"}
+"""Formats by the names of safetensors' dtypes."""
+
+FORMS = {"nf4": R.NF4, "int8": R.INT8, "bf16": R.BF16, "f16": R.F16, "float32": R.FLOAT32}
+"""Formats as kernels number them."""
+
+_TENSOR_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "float32"}
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One weight: how it is stored, and the format it will be held in. `nested`: NF4 scales are quantised too."""
+
+    weight: Weight
+    stored: str
+    held: str
+    nested: bool = True
+
+    @property
+    def form(self) -> int:
+        return R.NF4_SINGLE if self.held == "nf4" and not self.nested else FORMS[self.held]
+
+
+def bind(
+    checkpoint: Checkpoint, model: Model, program: Program, format: str | None, lm_head: str | None  # noqa: A002
+) -> list[Binding]:
+    """Raises CheckpointError for tensors that are missing, misshapen or unknown, UsageError for impossible formats."""
+    if format is not None and format not in FORMATS:
+        raise UsageError(f"--format {format} is unknown; the formats are {', '.join(FORMATS)}")
+    if lm_head is not None and lm_head not in HEAD_FORMATS:
+        raise UsageError(f"--lm-head {lm_head} is unknown; the formats of the head are {', '.join(HEAD_FORMATS)}")
+    stored = {weight.name: _stored(checkpoint, weight) for weight in program.weights}
+    quantised = {form for form, _ in stored.values()} & {"nf4", "int8"}
+    if format is None and quantised:
+        format = "nf4" if "nf4" in quantised else "int8"  # noqa: A001
+    bindings = [_binding(checkpoint, weight, *stored[weight.name], format, lm_head) for weight in program.weights]
+    _nothing_left_over(checkpoint, model, {weight.name for weight in program.weights})
+    return bindings
+
+
+def _binding(
+    checkpoint: Checkpoint, weight: Weight, stored: str, nested: bool, wanted: str | None, lm_head: str | None
+) -> Binding:
+    held = stored
+    match weight.kind:
+        case Kind.VECTOR | Kind.EMBEDDING:
+            if stored in ("nf4", "int8"):
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {weight.name} is stored as {stored}; norms, biases and the embedding "
+                    f"are expected as {', '.join(STORED.values())}"
+                )
+            return Binding(weight, stored, "float32" if weight.kind is Kind.VECTOR else stored)
+        case Kind.HEAD:
+            # Read for every token: 8 bits beside quantised weights, as it is beside others.
+            held = lm_head or ("int8" if wanted in ("nf4", "int8") and stored in STORED.values() else stored)
+        case Kind.MATRIX | Kind.CONV:
+            held = wanted or stored
+    if stored in ("nf4", "int8") and held != stored and not (weight.kind.multiplies and wanted in ("nf4", "int8")):
+        raise UsageError(
+            f"{checkpoint.path} is stored as {stored}: it cannot be held as {held}; "
+            f"start from the unquantised checkpoint, or leave --format and --lm-head out"
+        )
+    if stored in ("nf4", "int8"):
+        held = stored
+    if held in ("nf4", "int8") and weight.full_columns % BLOCK:
+        # Blocks of 64 would cross rows: held in the floats that it is made of.
+        held = _float_of(checkpoint, weight) if stored == "nf4" else stored
+    return Binding(weight, stored, held, nested)
+
+
+def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, bool]:
+    """The format of a stored weight, and whether its scales are quantised; its shape is the declared one."""
+    name = weight.name
+    tensor = checkpoint[name]
+    shape: tuple[int, ...] = tuple(tensor.shape)
+    form, nested = STORED.get(tensor.dtype, ""), True
+    if nf4.is_stored(name, checkpoint.tensors):
+        state = nf4.from_tensors(name, checkpoint.array, checkpoint.tensors)
+        form, nested, shape = "nf4", state.nested, tuple(state.shape)
+    elif int8.is_stored(name, checkpoint.tensors):
+        form = "int8"
+        int8.from_tensors(name, checkpoint.array, checkpoint.tensors)
+    if not form:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name} is {tensor.dtype}; expected one of {', '.join(STORED)}, NF4 or int8"
+        )
+    if shape != weight.full_shape:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name} has shape {list(shape)}, but config.json describes "
+            f"{list(weight.full_shape)}: the config does not belong to these weights"
+        )
+    return form, nested
+
+
+def _float_of(checkpoint: Checkpoint, weight: Weight) -> str:
+    return _TENSOR_DTYPES[nf4.from_tensors(weight.name, checkpoint.array, checkpoint.tensors).dtype]
+
+
+def _nothing_left_over(checkpoint: Checkpoint, model: Model, declared: set[str]) -> None:
+    parts = {part for name in declared for part in (*nf4.part_names(name), int8.scale_name(name))}
+    unknown = [
+        name
+        for name in checkpoint.tensors
+        if name not in declared and name not in parts and not model.is_optional(name)
+    ]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: tensors that a {model.model_type} model does not have: {', '.join(unknown[:3])}{more}; "
+            f"leaving them out would change its answers"
+        )
+
+
+def float_dtype(held: str) -> np.dtype[np.generic]:
+    """The numpy dtype of a float format."""
+    return FLOATS[{short: name for name, short in _TENSOR_DTYPES.items()}[held]]
+
+
+def elements(weight: Weight) -> int:
+    """Elements of the whole tensor."""
+    return math.prod(weight.full_shape)

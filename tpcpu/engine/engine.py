@@ -1,0 +1,257 @@
+"""The step loop of one rank: weights, cache and program of a model, and the batches that go through them.
+
+Rank 0 calls `step`; the others are in `follow`, which runs the same batches until rank 0 lets them go. One message a
+step goes out, the candidates for the next tokens come back. Knows nothing of text and of requests.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpcpu.checkpoint import Checkpoint
+from tpcpu.engine.binding import bind
+from tpcpu.engine.cache import Cache
+from tpcpu.engine.loader import Loader
+from tpcpu.engine.progress import Progress, Silent
+from tpcpu.errors import UsageError
+from tpcpu.models import Model, read_config
+from tpcpu.parallel import numa
+from tpcpu.parallel.communicator import Communicator
+from tpcpu.parallel.partition import Range, Share
+from tpcpu.parallel.team import Team
+from tpcpu.parallel.topology import Topology
+from tpcpu.program.batch import Batch
+from tpcpu.program.compiled import Compiled
+from tpcpu.program.operations import Program
+from tpcpu.program.weights import Packed
+
+DEFAULT_CONTEXT = 8192
+DEFAULT_CHUNK_TOKENS = 256
+DEFAULT_PAGE_TOKENS = 64
+
+MOST_WANTED_BYTES = 64 << 20
+"""Logits of one step are kept below this: a whole vocabulary for every token of a chunk would be many times a model."""
+
+_MESSAGE = 256
+"""int32 words that every step's message has; a longer one is followed by its rest."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is held and run. None: what the folder, or the machine, suggests."""
+
+    format: str | None = None
+    lm_head: str | None = None
+    exact: bool = False
+    context: int | None = None
+    threads: int | None = None
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    page_tokens: int = DEFAULT_PAGE_TOKENS
+    kv_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a token may be followed by: ids (candidates,) int64 and logits (candidates,) float32, of all ranks."""
+
+    ids: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+
+class Engine:
+    """A model on one rank. Building it is collective, and so is closing it."""
+
+    def __init__(
+        self, path: str | Path, communicator: Communicator, options: Options, progress: Progress | None = None
+    ) -> None:
+        """Raises UserErrors, on all ranks together, for whatever is wrong with folder, options and rank count."""
+        self.communicator = communicator
+        self.progress = progress if progress is not None and communicator.is_root else Silent()
+        self.checkpoint: Checkpoint | None = None
+        self.team: Team | None = None
+        error: Exception | None = None
+        try:
+            self._prepare(path, options)
+        except Exception as problem:
+            error = problem
+        communicator.raise_together(error)
+        self._load(options)
+
+    def _prepare(self, path: str | Path, options: Options) -> None:
+        """All that needs no other rank: every mistake that can be found early is found here."""
+        communicator = self.communicator
+        self.checkpoint = Checkpoint.open(path)
+        self.model: Model = read_config(self.checkpoint.config)
+        self.program: Program = self.model.program(Share(communicator.rank, communicator.size))
+        self.context = _context(options.context, self.model)
+        self.exact = options.exact
+        if options.kv_cache not in (None, "bf16", "float32"):
+            raise UsageError(f"--kv-cache {options.kv_cache} is unknown; bf16 and float32 are supported")
+        half = (options.kv_cache or ("float32" if options.exact else "bf16")) == "bf16"
+        if options.chunk_tokens < 1:
+            raise UsageError(f"--chunk-tokens {options.chunk_tokens} is not at least 1")
+        self.chunk_tokens = min(options.chunk_tokens, self.context)
+        self._bindings = bind(self.checkpoint, self.model, self.program, options.format, options.lm_head)
+        self.cache = Cache(
+            self.program, context=self.context, page_tokens=options.page_tokens, sequences=1, half=half
+        )
+        self.vocabulary = self.model.config.vocab_size
+        self._heads = [Share(rank, communicator.size).split(self.vocabulary) for rank in range(communicator.size)]
+        widest = max(len(rows) for rows in self._heads)
+        self.most_wanted = max(1, min(self.chunk_tokens, MOST_WANTED_BYTES // (4 * widest)))
+        topology = Topology.detect()
+        self.cpus = topology.cores_for(communicator.host_rank, communicator.host_size)
+        self._nodes = topology.nodes_of(self.cpus)
+        if options.threads is not None:
+            if options.threads < 1:
+                raise UsageError(f"--threads {options.threads} is not at least 1")
+            self.cpus = [self.cpus[i % len(self.cpus)] for i in range(options.threads)]
+        self._usable = len(topology.allowed)
+
+    def _load(self, options: Options) -> None:
+        communicator = self.communicator
+        threads_of = communicator.all_gather_object(len(self.cpus))
+        on_host = sum(threads_of[rank] for rank in communicator.host_ranks)
+        crowded = on_host > self._usable
+        pinned = len(set(self.cpus)) == len(self.cpus)
+        self.team = Team(self.cpus, pinned=pinned and not crowded, crowded=crowded)
+        assert self.checkpoint is not None
+        loader = Loader(self.checkpoint, communicator, self.team, self.cpus, self.progress)
+        self.weights, self.arena = loader.load(self._bindings)
+        self._compiled = Compiled(
+            self.program, self.weights, self.cache.memory, self.team,
+            all_reduce=communicator.all_reduce, exact=options.exact,
+            tokens=self.chunk_tokens, wanted=self.most_wanted, report=self.progress.say,
+        )  # fmt: skip
+        self._report_locality()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights that this rank holds."""
+        return sum(weight.nbytes for weight in self.weights.values() if isinstance(weight, Packed))
+
+    @property
+    def locality(self) -> float:
+        """The share of the pages of this rank's weights that lie on its own NUMA nodes. Not collective."""
+        return numa.locality(self.arena.address, self.arena.nbytes, self._nodes)
+
+    def _report_locality(self) -> None:
+        """Where every rank's weights are, in rank order, for machines that have more than one place."""
+        line = numa.describe_locality(self.communicator.rank, self.locality, self.arena.nbytes, self._nodes)
+        for each in self.communicator.all_gather_object(line):
+            if len(self._nodes) > 1 or self.communicator.size > 1 or each.startswith("warning"):
+                self.progress.say(each)
+
+    # Steps
+
+    def step(self, batch: Batch) -> list[Candidates]:
+        """Rank 0: runs a batch on all ranks; the candidates for each wanted token."""
+        self._send(batch.message)
+        return self._run(batch)
+
+    def follow(self) -> None:
+        """The other ranks: run what rank 0 sends, until it releases them."""
+        while (message := self._receive()) is not None:
+            self._run(Batch.read(message))
+
+    def release(self) -> None:
+        """Rank 0: lets the others leave `follow`."""
+        self._send(np.zeros(1, np.int32))
+
+    def close(self) -> None:
+        """Ends the team and lets go of the checkpoint. Not collective."""
+        if self.team is not None:
+            self.team.close()
+        if self.checkpoint is not None:
+            self.checkpoint.close()
+
+    def _send(self, message: NDArray[np.int32]) -> None:
+        if self.communicator.size == 1:
+            return
+        first = np.zeros(_MESSAGE, np.int32)
+        first[: min(len(message), _MESSAGE)] = message[:_MESSAGE]
+        self.communicator.send_message(first)
+        if len(message) > _MESSAGE:
+            self.communicator.send_message(np.ascontiguousarray(message[_MESSAGE:]))
+
+    def _receive(self) -> NDArray[np.int32] | None:
+        first = np.empty(_MESSAGE, np.int32)
+        self.communicator.wait_message(first)
+        length = int(first[0])
+        if length == 0:
+            return None
+        message = np.empty(max(length, _MESSAGE), np.int32)
+        message[:_MESSAGE] = first
+        if length > _MESSAGE:
+            self.communicator.wait_message(message[_MESSAGE:])
+        return message
+
+    def _run(self, batch: Batch) -> list[Candidates]:
+        logits = self._compiled.run(batch)
+        if not len(batch.wanted):
+            return []
+        if batch.candidates:
+            return self._gather_largest(logits, batch.candidates)
+        counts = [len(rows) for rows in self._heads]
+        parts = self.communicator.gather(np.ascontiguousarray(logits.T), counts)
+        if parts is None:
+            return []
+        whole = np.concatenate(parts).T
+        ids = np.arange(self.vocabulary, dtype=np.int64)
+        return [Candidates(ids, np.ascontiguousarray(row)) for row in whole]
+
+    def _gather_largest(self, logits: NDArray[np.float32], count: int) -> list[Candidates]:
+        """The `count` largest logits of each rank, the lowest ids first where level, for each wanted token."""
+        wanted = len(logits)
+        mine = np.zeros((1, 2, wanted, count), np.int32)
+        mine[0, 0] = -1
+        rows = self._heads[self.communicator.rank]
+        take = min(count, len(rows))
+        for i, row in enumerate(logits):
+            chosen = _largest(row, take)
+            mine[0, 0, i, :take] = chosen + rows.start
+            mine[0, 1, i, :take] = row[chosen].view(np.int32)
+        parts = self.communicator.gather(mine, [1] * self.communicator.size)
+        if parts is None:
+            return []
+        result = []
+        for i in range(wanted):
+            ids = np.concatenate([part[0, 0, i] for part in parts])
+            values = np.concatenate([part[0, 1, i] for part in parts]).view(np.float32)
+            result.append(Candidates(ids[ids >= 0].astype(np.int64), values[ids >= 0]))
+        return result
+
+
+def _largest(row: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Indices of the `count` largest values; of equal ones the lowest indices."""
+    if count == 0:
+        return np.empty(0, np.int64)
+    if count == 1:
+        return np.array([row.argmax()])
+    threshold = np.partition(row, len(row) - count)[len(row) - count]
+    above = np.flatnonzero(row > threshold)
+    level = np.flatnonzero(row == threshold)
+    return np.concatenate([above, level[: count - len(above)]])
+
+
+def _context(asked: int | None, model: Model) -> int:
+    most = model.config.max_position_embeddings
+    if asked is None:
+        return min(most, DEFAULT_CONTEXT)
+    if not 1 <= asked <= most:
+        raise UsageError(f"--context {asked} is impossible: the model was made for 1 to {most} positions")
+    return asked
+
+
+def own_logits(rows: Range, size: int) -> Range:
+    """The part of a rank's rows of the vocabulary that are no padding."""
+    return Range(rows.start, max(rows.start, min(rows.stop, size)))
+
+
+def bits_per_weight(weights: list[Packed]) -> float:
+    """Bits of memory per weight, over `weights`."""
+    held = sum(weight.weight.size for weight in weights)
+    return 8 * sum(weight.nbytes for weight in weights) / held if held else math.nan
