@@ -6,6 +6,7 @@ To add one, write its file (config, weight names, `program`) and name it in `ARC
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from tpcpu.errors import ConfigError, LaunchError
@@ -62,7 +63,7 @@ class Model:
             )
         return self._architecture.program(self.config, share)
 
-    @property
+    @cached_property
     def max_ranks(self) -> int:
         """Ranks beyond this would hold nothing of any weight."""
         whole = self._architecture.program(self.config, Share())
