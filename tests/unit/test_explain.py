@@ -1,0 +1,127 @@
+"""`tpcpu explain`: what it prints, what its JSON holds, and what it refuses."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.configs import PUBLISHED
+from tpcpu.cli import explain
+from tpcpu.cli.listing import size
+from tpcpu.errors import CheckpointError, ConfigError, LaunchError, UsageError
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(name, **changes):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(PUBLISHED[name] | changes))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def explained(capsys):
+    def call(*arguments):
+        parser = argparse.ArgumentParser()
+        explain.add_parser(parser.add_subparsers())
+        assert explain.run(parser.parse_args(["explain", *arguments])) == 0
+        return capsys.readouterr()
+
+    return call
+
+
+def test_the_reference_job_is_told(explained, config):
+    text = explained("--config", config("yuan2-102b"), "--ranks", "4", "--rank", "1", "--threads", "32").out
+    lines = text.splitlines()
+    assert "102.58 billion parameters" in lines[0]
+    assert "layers 0-83, all alike" in text
+    assert text.count("lf_gate.conv1") == 1
+    (conv,) = [line for line in lines if "lf_gate.conv1" in line]
+    assert "short_conv" in conv
+    assert "rows 1024-2047 of 4096 x 16384" in conv
+    assert conv.split()[-3:] == ["nf4", "8.65", "MB"]
+    assert "columns 2048-4095 of 8192 x 8192" in text
+    assert "252 all-reduces" in text
+    assert "53.5 GB of weights read for a token" in text
+    assert "0-3  13.4 GB  25.00 %" in text
+    assert "share 1.000" in text
+    assert max(map(len, lines)) < 160
+
+
+def test_every_layer_when_asked(explained, config):
+    text = explained("--config", config("llama-1b"), "--layers", "all").out
+    assert text.count("mlp.gate_proj") == 16
+    assert "layer 15: " in text
+
+
+def test_shares_that_are_empty_or_uneven_are_shown(explained):
+    text = explained("--model", str(DATA / "stories260k"), "--ranks", "6").out
+    assert text.count("nothing on this rank") == 2
+    assert "attention 64 (own 0-7)" in text
+    shares = [line.split() for line in text.splitlines() if "%" in line]
+    assert [line[0] for line in shares] == list("012345")
+    assert sum(float(line[3]) for line in shares) == pytest.approx(100, abs=0.05)
+
+
+def test_formats_are_as_stored_unless_asked_for(explained, config):
+    model = str(DATA / "llama-tiny")
+    assert "weights bf16, head bf16" in explained("--model", model).out
+    assert "weights nf4, head int8" in explained("--model", model, "--format", "nf4").out
+    assert "weights int8, head nf4" in explained("--model", model, "--format", "int8", "--lm-head", "nf4").out
+    assert "weights nf4, head int8" in explained("--config", config("llama-1b")).out
+    stored = config("llama-1b", quantization_config={"quant_method": "tpcpu_int8", "block": 64})
+    assert "weights int8, head int8" in explained("--config", stored).out
+
+
+def test_json_is_the_last_line_and_adds_up(explained, config):
+    streams = explained("--config", config("llama-1b"), "--ranks", "3", "--context", "1000", "--threads", "5", "--json")
+    assert "layers 0-15" in streams.err
+    found = json.loads(streams.out)
+    assert found["parameters"] == 1_104_218_112
+    assert found["weight_bytes_per_token"] == sum(rank["weights"] for rank in found["memory_per_rank"])
+    assert found["total"]["weight_bytes"] == found["memory_per_rank"][0]["weights"]
+    assert found["total"]["messages"] == 32
+    assert 4.12 < found["bits_per_nf4_weight"] < 4.14
+    assert 0.9 < found["balance"] <= 1
+    operations = found["operations"]
+    assert sum(operation["cost"]["weight_bytes"] for operation in operations) == found["total"]["weight_bytes"]
+    q = operations[2]["weights"][0]
+    assert (q["name"], q["rows"], q["format"]) == ("model.layers.0.self_attn.q_proj.weight", [0, 640], "nf4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("--ranks", "2", "--rank", "2"), UsageError, "0 to 1 work"),
+        (("--rank", "-1"), UsageError, "--rank -1"),
+        (("--ranks", "10000000000"), LaunchError, "1 to 512 ranks work"),
+        (("--context", "9000"), UsageError, "1 to 8192 work"),
+    ],
+)
+def test_impossible_worlds_are_refused(explained, config, arguments, error, words):
+    with pytest.raises(error, match=words):
+        explained("--config", config("llama-1b"), *arguments)
+
+
+def test_unsupported_and_missing_configs_are_refused(explained, config, tmp_path):
+    with pytest.raises(ConfigError, match="llama3"):
+        explained("--config", config("llama-1b", rope_scaling={"rope_type": "llama3", "factor": 8.0}))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        explained("--config", str(tmp_path / "nowhere.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        explained("--config", str(tmp_path / "broken.json"))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (9994, "9.99 kB"), (9996, "10.0 kB"), (99_960, "100 kB"),
+     (999_600, "1.00 MB"), (53_519_000_000, "53.5 GB"), (5e12, "5000 GB")],
+)  # fmt: skip
+def test_bytes_have_three_digits(count, text):
+    assert size(count) == text
