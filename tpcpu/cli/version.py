@@ -8,7 +8,7 @@ def version_line() -> str:
     from tpcpu.kernels import isa
     from tpcpu.parallel.topology import Topology
 
-    return f"tpcpu {__version__}, {_library()}, {isa.selected()}, {Topology.detect().describe()}"
+    return f"tpcpu {__version__}, {_library()}, {isa.selected().name}, {Topology.detect().describe()}"
 
 
 def _library() -> str:

@@ -20,7 +20,7 @@ from tpcpu.errors import UsageError
 from tpcpu.models import Model, read_config
 from tpcpu.parallel import numa
 from tpcpu.parallel.communicator import Communicator
-from tpcpu.parallel.partition import Range, Share
+from tpcpu.parallel.partition import Share
 from tpcpu.parallel.team import Team
 from tpcpu.parallel.topology import Topology
 from tpcpu.program.batch import Batch
@@ -193,26 +193,27 @@ class Engine:
         logits = self._compiled.run(batch)
         if not len(batch.wanted):
             return []
+        own = [min(max(batch.vocabulary - rows.start, 0), len(rows)) for rows in self._heads]
+        logits = logits[:, : own[self.communicator.rank]]
         if batch.candidates:
             return self._gather_largest(logits, batch.candidates)
-        counts = [len(rows) for rows in self._heads]
-        parts = self.communicator.gather(np.ascontiguousarray(logits.T), counts)
+        parts = self.communicator.gather(np.ascontiguousarray(logits.T), own)
         if parts is None:
             return []
         whole = np.concatenate(parts).T
-        ids = np.arange(self.vocabulary, dtype=np.int64)
+        ids = np.arange(whole.shape[1], dtype=np.int64)
         return [Candidates(ids, np.ascontiguousarray(row)) for row in whole]
 
     def _gather_largest(self, logits: NDArray[np.float32], count: int) -> list[Candidates]:
         """The `count` largest logits of each rank, the lowest ids first where level, for each wanted token."""
-        wanted = len(logits)
+        wanted, own = logits.shape
         mine = np.zeros((1, 2, wanted, count), np.int32)
         mine[0, 0] = -1
-        rows = self._heads[self.communicator.rank]
-        take = min(count, len(rows))
+        first = self._heads[self.communicator.rank].start
+        take = min(count, own)
         for i, row in enumerate(logits):
             chosen = _largest(row, take)
-            mine[0, 0, i, :take] = chosen + rows.start
+            mine[0, 0, i, :take] = chosen + first
             mine[0, 1, i, :take] = row[chosen].view(np.int32)
         parts = self.communicator.gather(mine, [1] * self.communicator.size)
         if parts is None:
@@ -244,11 +245,6 @@ def _context(asked: int | None, model: Model) -> int:
     if not 1 <= asked <= most:
         raise UsageError(f"--context {asked} is impossible: the model was made for 1 to {most} positions")
     return asked
-
-
-def own_logits(rows: Range, size: int) -> Range:
-    """The part of a rank's rows of the vocabulary that are no padding."""
-    return Range(rows.start, max(rows.start, min(rows.stop, size)))
 
 
 def bits_per_weight(weights: list[Packed]) -> float:

@@ -3,12 +3,13 @@
 Rank 0 builds it, every rank reads it where it lies. A header, then arrays one after another; see `Batch`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-_LENGTH, _TOKENS, _WANTED, _SEQUENCES, _PAGES, _CANDIDATES, _HEADER = range(7)
+_LENGTH, _TOKENS, _WANTED, _SEQUENCES, _PAGES, _CANDIDATES, _VOCABULARY, _HEADER = range(8)
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Batch:
     states      (sequences,) places in the convolution states
     pages       (sequences, pages) of the cache
     candidates  how many of the largest logits of each rank rank 0 needs; 0: all
+    vocabulary  ids from here on are padding rows of the head, and no candidates
     """
 
     message: NDArray[np.int32]
@@ -34,17 +36,23 @@ class Batch:
     states: NDArray[np.int32]
     pages: NDArray[np.int32]
     candidates: int
+    vocabulary: int
 
     @classmethod
     def build(
-        cls, parts: list[tuple[list[int], int, int, list[int]]], wanted: list[int], candidates: int = 0
+        cls,
+        parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
+        wanted: Sequence[int],
+        *,
+        candidates: int,
+        vocabulary: int,
     ) -> "Batch":
         """Each part: (tokens, position of the first, state, pages) of one sequence."""
         count = sum(len(tokens) for tokens, *_ in parts)
         row = max(len(pages) for *_, pages in parts)
         length = _HEADER + 4 * count + len(wanted) + len(parts) * (1 + row)
         message = np.zeros(length, np.int32)
-        message[:_HEADER] = (length, count, len(wanted), len(parts), row, candidates)
+        message[:_HEADER] = (length, count, len(wanted), len(parts), row, candidates, vocabulary)
         batch = cls.read(message)
         at = 0
         for i, (tokens, position, state, pages) in enumerate(parts):
@@ -63,10 +71,11 @@ class Batch:
     def read(cls, message: NDArray[np.int32]) -> "Batch":
         """Views into a message that `build` made."""
         count, wanted, sequences, row = (int(message[i]) for i in (_TOKENS, _WANTED, _SEQUENCES, _PAGES))
-        views = []
+        views: list[NDArray[np.int32]] = []
         at = _HEADER
         for size in (count, count, count, count, wanted, sequences, sequences * row):
             views.append(message[at : at + size])
             at += size
         views[-1] = views[-1].reshape(sequences, row)
-        return cls(message, *views, candidates=int(message[_CANDIDATES]))
+        candidates, vocabulary = int(message[_CANDIDATES]), int(message[_VOCABULARY])
+        return cls(message, *views, candidates=candidates, vocabulary=vocabulary)
