@@ -58,7 +58,7 @@ def touched_arena(communicator: Communicator, topology: Topology) -> Facts:
     return {
         "local": fraction,
         "elsewhere": numa.locality(memory.address, memory.nbytes, elsewhere),
-        "pages": len(numa.page_nodes(memory.address, memory.nbytes)),
+        "samples": len(numa.page_nodes(memory.address, memory.nbytes, samples=1000)),
         "line": numa.describe_locality(communicator.rank, fraction, memory.nbytes, nodes),
     }
 

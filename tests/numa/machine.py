@@ -25,6 +25,7 @@ SOCKETS = 4
 SCRATCH = "/mnt"
 # what mounts the host's root in the guest; what these need is found in the modules themselves
 MODULES = ("virtio_pci", "9pnet_virtio", "9p")
+BEGUN = "guest begins"
 DONE = "guest ended with code "
 
 INIT = """#!/bin/busybox sh
@@ -42,6 +43,8 @@ export HOME={scratch} TMPDIR={scratch}
 mount -t tmpfs tmpfs /root/dev/shm
 ifconfig lo 127.0.0.1 up
 hostname four-sockets
+echo
+echo "{begun}"
 chroot /root /bin/sh {scratch}/script
 echo "{done}$?"
 poweroff -f
@@ -117,7 +120,7 @@ def build_ramdisk(kernel: Kernel, script: str, folder: Path) -> Path:
         (tree / "modules" / f"{name}.ko").write_bytes(content)
     init = tree / "init"
     (tree / "script").write_text(script)
-    init.write_text(INIT.format(modules=" ".join(modules), scratch=SCRATCH, done=DONE))
+    init.write_text(INIT.format(modules=" ".join(modules), scratch=SCRATCH, begun=BEGUN, done=DONE))
     init.chmod(0o755)
     names = "\n".join(["."] + [str(path.relative_to(tree)) for path in sorted(tree.rglob("*"))])
     busybox_cpio = [busybox, "cpio", "-o", "-H", "newc"]
@@ -185,7 +188,8 @@ def run(script: str, timeout: float, memory_gb: int = 8) -> tuple[int, str]:
     before, found, code = output.rpartition(DONE)
     if not found:
         raise MachineError(f"the guest never ended:\n{output}\n{done.stderr.decode(errors='replace')}")
-    return int(code.split()[0]), before
+    # what the firmware and the kernel say first is no part of it
+    return int(code.split()[0]), before.partition(BEGUN + "\n")[2]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Memory stays with its rank on four sockets: boots the virtual machine of machine.py and runs guest.py in it."""
 
+import faulthandler
 import json
 import shlex
 import sys
@@ -27,6 +28,8 @@ def guest_script(command: list[str], environ: dict[str, str]) -> str:
 @pytest.fixture(scope="module")
 def facts() -> dict[str, list[dict[str, Any]]]:
     """What the guest's ranks found, by check."""
+    # emulation is slow, and ends by its own limit
+    faulthandler.cancel_dump_traceback_later()
     command = launcher.command(RANKS, [sys.executable, "-m", "tests.numa.guest"])
     code, output = machine.run(guest_script(command, {"PYTHONDONTWRITEBYTECODE": "1"}), timeout=400)
     lines = [line for line in output.splitlines() if line.startswith(guest.MARK)]
@@ -45,7 +48,8 @@ def test_four_sockets_are_seen(facts: dict[str, list[dict[str, Any]]]) -> None:
 
 def test_touched_pages_are_on_their_own_node(facts: dict[str, list[dict[str, Any]]]) -> None:
     for rank, seen in enumerate(facts["arena"]):
-        assert seen["pages"] > 1000
+        # all of them: NUMA balancing hides pages that it watches
+        assert seen["samples"] == 1000
         assert seen["local"] >= 0.99
         assert seen["local"] + seen["elsewhere"] == pytest.approx(1.0)
         assert seen["line"].startswith(f"rank {rank}: ")

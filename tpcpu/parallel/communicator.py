@@ -210,10 +210,10 @@ def connect(all_reduce: AllReduceKind = "ordered", environ: Mapping[str, str] = 
         return Solo(all_reduce)
     try:
         from tpcpu.parallel.mpi import Mpi
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         raise LaunchError(
             f"{announcement.launcher} started {announcement.size or 'several'} processes, but mpi4py finds no MPI "
-            f"library ({error}); pip install 'tpcpu[mpich]', or load the module of the MPI that launched"
+            f"library ({str(error).splitlines()[0]}); pip install 'tpcpu[mpich]', or load the module of the MPI that launched"
         ) from error
     return Mpi(announcement, all_reduce)
 

@@ -25,6 +25,7 @@ LOCAL_ENOUGH = 0.99
 # x86-64 and the common table that AArch64 and later architectures use
 _MBIND, _MOVE_PAGES = (237, 279) if platform.machine() == "x86_64" else (235, 239)
 _MPOL_PREFERRED = 1
+_MPOL_LOCAL = 4
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,6 +57,9 @@ class Arena:
         self.address: int = -(-base // HUGE_PAGE) * HUGE_PAGE
         # refused where the kernel has no huge pages: ordinary ones serve as well, only slower
         _libc.madvise(self.address, length - HUGE_PAGE, mmap.MADV_HUGEPAGE)
+        # first touch decides anyway; said explicitly, the kernel's NUMA balancing leaves the pages where they are, and
+        # does not hide them from time to time (page_nodes would not see them) to learn who reads them
+        _mbind(self.address, length - HUGE_PAGE, _MPOL_LOCAL, 0, 0)
         self._finalizer = weakref.finalize(self, _libc.munmap, base, length)
 
     @property
@@ -85,15 +89,14 @@ def prefer_node(address: int, nbytes: int, node: int) -> bool:
     mask[node // 64] = 1 << node % 64
     start, length = _page_range(address, nbytes)
     # the kernel reads one bit less than it is told
-    arguments = (start, length, _MPOL_PREFERRED, ctypes.addressof(mask), words * 64 + 1, 0)
-    return int(_libc.syscall(_MBIND, *map(ctypes.c_long, arguments))) == 0
+    return _mbind(start, length, _MPOL_PREFERRED, ctypes.addressof(mask), words * 64 + 1)
 
 
 def page_nodes(address: int, nbytes: int, samples: int = 4096) -> NDArray[np.int32]:
     """The NUMA nodes of up to `samples` pages spread evenly over a range, untouched ones left out, int32.
 
-    Where `move_pages` is forbidden, /proc/self/numa_maps answers for the mappings that the range lies in; a kernel
-    that knows no NUMA has everything on node 0.
+    Where `move_pages` is forbidden or sees nothing, /proc/self/numa_maps answers for the mappings that the range lies
+    in; a kernel that knows no NUMA has everything on node 0.
     """
     start, length = _page_range(address, nbytes)
     pages = length // mmap.PAGESIZE
@@ -104,7 +107,9 @@ def page_nodes(address: int, nbytes: int, samples: int = 4096) -> NDArray[np.int
     status = np.full(len(addresses), -errno.ENOENT, np.int32)
     arguments = (0, len(addresses), addresses.ctypes.data, 0, status.ctypes.data, 0)
     if int(_libc.syscall(_MOVE_PAGES, *map(ctypes.c_long, arguments))) == 0:
-        return status[status >= 0]
+        present = status[status >= 0]
+        if len(present):
+            return present
     return _nodes_by_mapping(start, length, samples)
 
 
@@ -127,6 +132,10 @@ def describe_locality(rank: int, fraction: float, nbytes: int, nodes: Collection
     percent = int(fraction * 1000) / 10
     line = f"rank {rank}: {percent:.1f} % of {_size(nbytes)} on node{'s' if len(nodes) > 1 else ''} {names}"
     return line if fraction >= LOCAL_ENOUGH else f"warning: {line}; the rest is read through other sockets"
+
+
+def _mbind(start: int, length: int, mode: int, mask: int, bits: int) -> bool:
+    return int(_libc.syscall(_MBIND, *map(ctypes.c_long, (start, length, mode, mask, bits, 0)))) == 0
 
 
 def _size(nbytes: int) -> str:
