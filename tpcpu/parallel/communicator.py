@@ -213,7 +213,7 @@ def connect(all_reduce: AllReduceKind = "ordered", environ: Mapping[str, str] = 
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
             f"{announcement.launcher} started {announcement.size or 'several'} processes, but mpi4py finds no MPI "
-            f"library ({str(error).splitlines()[0]}); pip install 'tpcpu[mpich]', or load the module of the MPI that launched"
+            f"library ({str(error).splitlines()[0]}); pip install 'tpcpu[mpich]', or load your site's MPI module"
         ) from error
     return Mpi(announcement, all_reduce)
 

@@ -170,9 +170,8 @@ def start(ranks: int, argv: Sequence[str], *, grace: float = GRACE_SECONDS, **po
 
     Raises LaunchError if there is no `mpiexec`.
     """
-    environ: Mapping[str, str] = popen.pop("env", None) or os.environ
-    mpiexec = find_mpiexec(environ)
-    return Job(command(ranks, argv, mpiexec), grace, {**popen, "env": {**environ, **_waiting(mpiexec, ranks, environ)}})
+    mpiexec = find_mpiexec(popen.get("env") or os.environ)
+    return Job(command(ranks, argv, mpiexec), grace, popen)
 
 
 def run(ranks: int, argv: Sequence[str], **popen: Any) -> int:
@@ -186,11 +185,3 @@ def _kind(version: str) -> str | None:
         if words in version:
             return kind
     return None
-
-
-def _waiting(mpiexec: Mpiexec, ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that make MPI's own waits yield the core early where ranks outnumber the cores of this host."""
-    if ranks <= len(os.sched_getaffinity(0)):
-        return {}
-    chosen = {OPEN_MPI: {"OMPI_MCA_mpi_yield_when_idle": "1"}, MPICH: {"MPIR_CVAR_POLLS_BEFORE_YIELD": "100"}}
-    return {name: value for name, value in chosen.get(mpiexec.kind or "", {}).items() if name not in environ}

@@ -7,6 +7,7 @@ blocking calls keep a core busy.
 
 import ctypes
 import pickle
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from mpi4py import MPI  # noqa: E402
 from tpcpu.errors import LaunchError  # noqa: E402
 from tpcpu.parallel.announcement import INTEL, MPICH, OPEN_MPI, SRUN, Announcement  # noqa: E402
 from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, check_counts  # noqa: E402
+from tpcpu.parallel.doorbell import Doorbell  # noqa: E402
 from tpcpu.parallel.lifeline import die_with_parent, parent_name  # noqa: E402
 from tpcpu.parallel.patience import Patience  # noqa: E402
 from tpcpu.parallel.segments import MPI_NAMES, mapped_segments, unlink_segments  # noqa: E402
@@ -56,6 +58,7 @@ class Mpi(Communicator):
         self._meet()
         unlink_segments(mapped_segments() - foreign)
         self._patience = Patience(crowded=self.host_size > len(Topology.detect().cores))
+        self._hang_bells()
 
     def broadcast(self, array: NDArray[Any]) -> None:
         """Overwrite `array` on every rank with rank 0's."""
@@ -86,12 +89,15 @@ class Mpi(Communicator):
     def send_message(self, array: NDArray[Any]) -> None:
         """Rank 0's side of the broadcast that the others sleep in."""
         assert self.is_root
-        self.broadcast(array)
+        request = self._mpi.Ibcast(_bytes(array), root=0)
+        self._bell.ring(self._sleepers)
+        self._wait(request)
 
     def wait_message(self, array: NDArray[Any]) -> None:
         """The others' side."""
         assert not self.is_root
-        self.broadcast(array)
+        bell = self._bell if self._is_rung else None
+        self._patience.wait(self._mpi.Ibcast(_bytes(array), root=0).Test, bell)
 
     def broadcast_object(self, value: T | None) -> T:
         """Rank 0's `value`, pickled: its length first, then its bytes."""
@@ -135,6 +141,19 @@ class Mpi(Communicator):
         self.host_of = tuple(firsts.index(first) for first, _ in met)
         # the rank that comes last has mapped what there is to map: from here on no segment needs its name
         self.barrier()
+
+    def _hang_bells(self) -> None:
+        """Give every rank a bell, and find out whom rank 0 can ring: its host's ranks, unless containers part them."""
+        job = self.broadcast_object(secrets.token_hex(8) if self.is_root else None)
+        names = [f"tpcpu-{job}-{rank}" for rank in range(self.size)]
+        self._bell = Doorbell(names[self.rank])
+        self.barrier()
+        if self.is_root:
+            self._bell.ring(names[1:])
+        self.barrier()
+        self._is_rung = self._bell.wait(0)
+        rung = self.all_gather_object(self._is_rung)
+        self._sleepers = [name for name, hears in zip(names, rung, strict=True) if hears]
 
     def _all_reduce(self, kind: AllReduceKind) -> AllReduce:
         if kind == "ordered":
