@@ -18,11 +18,16 @@ PROJECT = Path(__file__).parents[2]
 RANKS = 4
 
 
-def guest_script(command: list[str], environ: dict[str, str]) -> str:
-    """A script for the guest that runs `command` in the project's folder with additional variables."""
-    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environ.items())
+def guest_script(command: list[str], environ: dict[str, str], copies: dict[Path, str] | None = None) -> str:
+    """A script for the guest that runs `command` in the project's folder with additional variables.
+
+    `copies` are folders of this machine that the guest needs to write in, such as a cache of compiled kernels, and their
+    places in the guest; times are kept, by which numba judges its cache.
+    """
+    lines = [f"cp -rp {shlex.quote(str(folder))} {shlex.quote(place)}" for folder, place in (copies or {}).items()]
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
-    return f"cd {shlex.quote(str(PROJECT))}\nexport PATH={shlex.quote(path)}\n{exports}exec {shlex.join(command)}\n"
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in ({"PATH": path} | environ).items()]
+    return "\n".join([f"cd {shlex.quote(str(PROJECT))}", *lines, f"exec {shlex.join(command)}", ""])
 
 
 @pytest.fixture(scope="module")
