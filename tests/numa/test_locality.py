@@ -21,8 +21,8 @@ RANKS = 4
 def guest_script(command: list[str], environ: dict[str, str], copies: dict[Path, str] | None = None) -> str:
     """A script for the guest that runs `command` in the project's folder with additional variables.
 
-    `copies` are folders of this machine that the guest needs to write in, such as a cache of compiled kernels, and their
-    places in the guest; times are kept, by which numba judges its cache.
+    `copies` are folders of this machine that the guest needs to write in, such as a cache of compiled kernels, and
+    their places in the guest; times are kept, by which numba judges its cache.
     """
     lines = [f"cp -rp {shlex.quote(str(folder))} {shlex.quote(place)}" for folder, place in (copies or {}).items()]
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
