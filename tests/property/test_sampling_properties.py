@@ -43,26 +43,32 @@ def test_the_order_is_by_logit_then_by_id(logits: np.ndarray, data: st.DataObjec
     np.testing.assert_array_equal(ordered, logits[expected])
 
 
-@given(some_logits, temperatures)
-def test_probabilities_sum_to_one_and_fall(logits: np.ndarray, temperature: float) -> None:
+@given(some_logits, temperatures, st.floats(min_value=5e-324, max_value=1), st.floats(0, 1))
+def test_no_filter_removes_the_best_token(logits: np.ndarray, temperature: float, p: float, min_p: float) -> None:
     _, ordered = filters.descending(logits, np.arange(logits.size))
-    found = filters.probabilities(ordered, temperature)
-    assert abs(found.sum() - 1) < 1e-12
-    assert np.all(np.diff(found) <= 0)
+    weights = filters.weights(ordered, float(ordered[0]), temperature)
+    assert weights[0] == 1
+    assert np.all(np.diff(weights) <= 0)
+    total = float(weights.sum())
+    kept = filters.keep_top_p(weights, p, total)
+    assert 1 <= kept <= weights.size
+    assert weights[: kept - 1].sum() <= p * total * (1 + 1e-12)  # no smaller head reaches p
+    assert kept == weights.size or weights[:kept].sum() >= p * total * (1 - 1e-12)
+    kept = filters.keep_min_p(weights, min_p)
+    assert np.all(weights[:kept] >= min_p)
+    assert np.all(weights[kept:] < min_p)
+    assert kept >= 1
 
 
-@given(some_logits, temperatures, st.integers(0, 80), st.floats(min_value=5e-324, max_value=1), st.floats(0, 1))
-def test_no_filter_removes_the_best_token(
-    logits: np.ndarray, temperature: float, k: int, p: float, min_p: float
-) -> None:
-    _, ordered = filters.descending(logits, np.arange(logits.size))
-    found = filters.probabilities(ordered, temperature)
-    for kept in (filters.keep_top_k(found, k), filters.keep_top_p(found, p), filters.keep_min_p(found, min_p)):
-        assert 1 <= kept <= found.size
-    assert filters.keep_top_k(found, k) == (min(k, found.size) if k else found.size)
-    # no smaller head reaches p
-    kept = filters.keep_top_p(found, p)
-    assert found[: kept - 1].sum() <= p + 1e-12
+@given(some_logits, params, st.integers(1, 8))
+def test_the_likeliest_tokens_decide_as_all_would(logits: np.ndarray, chosen: dict[str, Any], head: int) -> None:
+    ids = np.arange(logits.size)
+    short, whole = (Sampler(SamplingParams(**chosen), logits.size) for _ in range(2))
+    short.head, whole.head = head, 0
+    answer: list[int] = []
+    for _ in range(4):
+        answer.append(whole.sample(ids, logits, answer).id)
+        assert short.sample(ids, logits, answer[:-1]).id == answer[-1]
 
 
 @given(some_logits, params, st.lists(st.integers(0, 59), max_size=30))

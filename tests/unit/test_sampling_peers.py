@@ -22,30 +22,33 @@ def kept_by_transformers(processor: object, logits: np.ndarray, temperature: flo
     return np.isfinite(processor(None, scores)[0].numpy())  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("k", [1, 5, 49])
+def test_top_k_keeps_what_transformers_keeps(k: int) -> None:
+    for logits in vocabularies():
+        kept = kept_by_transformers(processors.TopKLogitsWarper(k), logits, 1.0)
+        ids, _ = filters.descending(logits, np.arange(logits.size), k)
+        assert sorted(ids) == np.flatnonzero(kept).tolist()
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize(
-    ("ours", "theirs", "values"),
-    [
-        (filters.keep_top_k, "TopKLogitsWarper", (1, 5, 49)),
-        (filters.keep_top_p, "TopPLogitsWarper", (0.05, 0.5, 0.9, 0.99)),
-        (filters.keep_min_p, "MinPLogitsWarper", (0.01, 0.1, 0.9)),
-    ],
-)
-def test_filters_keep_what_transformers_keeps(ours, theirs, values, temperature) -> None:
+@pytest.mark.parametrize("value", [0.01, 0.1, 0.5, 0.9, 0.99])
+def test_top_p_and_min_p_keep_what_transformers_keeps(temperature: float, value: float) -> None:
     for logits in vocabularies():
         ids, ordered = filters.descending(logits, np.arange(logits.size))
-        probabilities = filters.probabilities(ordered, temperature)
-        for value in values:
-            kept = kept_by_transformers(getattr(processors, theirs)(value), logits, temperature)
-            assert sorted(ids[: ours(probabilities, value)]) == np.flatnonzero(kept).tolist()
+        weights = filters.weights(ordered, float(ordered[0]), temperature)
+        for count, name in (
+            (filters.keep_top_p(weights, value, float(weights.sum())), "TopPLogitsWarper"),
+            (filters.keep_min_p(weights, value), "MinPLogitsWarper"),
+        ):
+            kept = kept_by_transformers(getattr(processors, name)(value), logits, temperature)
+            assert sorted(ids[:count]) == np.flatnonzero(kept).tolist(), name
 
 
 def test_the_chain_keeps_what_transformers_keeps() -> None:
     for logits in vocabularies():
-        ids, ordered = filters.descending(logits, np.arange(logits.size))
-        weights = filters.probabilities(ordered, 0.8)
-        weights = weights[: filters.keep_top_k(weights, 40)]
-        weights = weights[: filters.keep_top_p(weights, 0.95)]
+        ids, ordered = filters.descending(logits, np.arange(logits.size), 40)
+        weights = filters.weights(ordered, float(ordered[0]), 0.8)
+        weights = weights[: filters.keep_top_p(weights, 0.95, float(weights.sum()))]
         weights = weights[: filters.keep_min_p(weights, 0.02)]
         scores = torch.from_numpy(logits)[None]
         for processor in (

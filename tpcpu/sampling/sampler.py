@@ -38,6 +38,9 @@ class Sampler:
     `step` may be set: a request that is taken up again goes on as if nothing had happened.
     """
 
+    head = 1024
+    """How many of the likeliest tokens are put in order first. Changes the speed, never a choice."""
+
     def __init__(self, params: SamplingParams, vocabulary_size: int) -> None:
         """`vocabulary_size`: ids from here on are padding rows and are never chosen."""
         self.params = params
@@ -83,14 +86,35 @@ class Sampler:
             logits = self._penalise(ids, logits, history)
         if params.greedy:
             return int(filters.descending(logits, ids, 1)[0][0])
-        ids, logits = filters.descending(logits, ids, params.top_k)
-        weights = filters.probabilities(logits, params.temperature)
-        weights = weights[: filters.keep_top_k(weights, params.top_k)]
-        weights = weights[: filters.keep_top_p(weights, params.top_p)]
-        weights = weights[: filters.keep_min_p(weights, params.min_p)]
-        reached = np.cumsum(weights)
-        place = int(np.searchsorted(reached, self._uniform() * reached[-1], side="right"))
-        return int(ids[min(place, reached.size - 1)])
+        if params.top_k:
+            ids, logits = filters.descending(logits, ids, params.top_k)
+        total = float(filters.weights(logits, float(logits.max()), params.temperature).sum())
+        # the likeliest tokens nearly always decide; all are put in order only where they do not
+        for most in (self.head, 0):
+            chosen = self._draw(*filters.descending(logits, ids, most), total, ids.size)
+            if chosen is not None:
+                return chosen
+        raise AssertionError("all tokens together decide")
+
+    def _draw(self, ids: Ids, logits: Logits, total: float, tokens: int) -> int | None:
+        """The id that this step's number falls on, where these likeliest of all `tokens` decide it, else None.
+
+        `total`: the weight of all. What the likeliest decide is what all together would, to the bit.
+        """
+        params = self.params
+        weights = filters.weights(logits, float(logits[0]), params.temperature)
+        kept = filters.keep_top_p(weights, params.top_p, total)
+        kept = filters.keep_min_p(weights[:kept], params.min_p)
+        filters_end = kept < ids.size
+        decided = filters_end or ids.size == tokens
+        if not decided and (params.top_p < 1 or params.min_p > 0):
+            return None
+        reached = np.cumsum(weights[:kept])
+        mass = float(reached[-1]) if filters_end else total
+        place = int(np.searchsorted(reached, self._uniform() * mass, side="right"))
+        if place == kept and not decided:
+            return None
+        return int(ids[min(place, kept - 1)])
 
     def _penalise(self, ids: Ids, logits: Logits, history: Sequence[int]) -> Logits:
         params = self.params
