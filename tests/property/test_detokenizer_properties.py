@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.shared import DATA, shared
@@ -62,11 +62,16 @@ def test_decoding_is_the_tokenizers_librarys_where_the_bytes_are_text(name: str,
 @given(text=st.text(max_size=60))
 def test_a_text_comes_back(name: str, text: str) -> None:
     tokenizer = load(name)
-    decoded = tokenizer.decode(tokenizer.encode(text))
+    ids = tokenizer.encode(text)
+    # hypothesis finds the special strings in our sources, and those write nothing
+    assume(not any(tokenizer.is_special(number) for number in ids[tokenizer.bos_id is not None :]))
+    decoded = tokenizer.decode(ids)
     if name == "qwen2":  # normalises to NFC, so decoding and encoding again is the fixed point
         assert tokenizer.decode(tokenizer.encode(decoded)) == decoded
+    elif name in ("llama3", "gpt2"):
+        assert decoded == text
     else:
-        assert decoded == text.replace("▁", " ") if name in ("llama2", "yuan2", *BUNDLED) else decoded == text
+        assert decoded == text.replace("▁", " ")
 
 
 @given(st.text("ab<", max_size=40), st.lists(st.text("ab<", min_size=1, max_size=5), max_size=4), st.data())
