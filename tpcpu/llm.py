@@ -6,7 +6,7 @@ every rank runs the same script and gets the same answers. Knows how these three
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -223,7 +223,7 @@ class Local:
             return
         if not self.is_root:
             self.follow()
-            yield from _outcome(self._communicator, None)
+            yield from _outcome(self._communicator)
             return
         chunks: list[Chunk] = []
         error: BaseException | None = None
@@ -247,7 +247,8 @@ class Local:
             return work()
         if not self.is_root:
             self.follow()
-            return _outcome(self._communicator, None)
+            outcome: T = _outcome(self._communicator)
+            return outcome
         result: T | None = None
         error: BaseException | None = None
         try:
@@ -274,14 +275,10 @@ def _announce(communicator: Communicator, result: object, error: BaseException |
         communicator.broadcast_object((None, kind, text))
 
 
-def _outcome(communicator: Communicator, _: None) -> Any:
+def _outcome(communicator: Communicator) -> Any:
     """The others hear it."""
-    result, kind, text = communicator.broadcast_object(None)  # type: ignore[misc]
+    outcome: tuple[Any, type[TpcpuError] | None, str] | None = None
+    result, kind, text = communicator.broadcast_object(outcome) or (None, None, "")
     if kind is not None:
         raise kind(text)
     return result
-
-
-def options_dict(options: Options) -> dict[str, Any]:
-    """Options as JSON carries them."""
-    return asdict(options)

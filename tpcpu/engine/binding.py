@@ -46,7 +46,11 @@ class Binding:
 
 
 def bind(
-    checkpoint: Checkpoint, model: Model, program: Program, format: str | None, lm_head: str | None  # noqa: A002
+    checkpoint: Checkpoint,
+    model: Model,
+    program: Program,
+    format: str | None,  # noqa: A002
+    lm_head: str | None,
 ) -> list[Binding]:
     """Raises CheckpointError for tensors that are missing, misshapen or unknown, UsageError for impossible formats."""
     if format is not None and format not in FORMATS:
@@ -130,7 +134,7 @@ def _nothing_left_over(checkpoint: Checkpoint, model: Model, declared: set[str])
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise CheckpointError(
-            f"{checkpoint.path}: tensors that a {model.model_type} model does not have: {', '.join(unknown[:3])}{more}; "
+            f"{checkpoint.path}: tensors that no {model.model_type} model has: {', '.join(unknown[:3])}{more}; "
             f"leaving them out would change its answers"
         )
 

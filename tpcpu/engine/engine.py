@@ -17,6 +17,7 @@ from tpcpu.engine.cache import Cache
 from tpcpu.engine.loader import Loader
 from tpcpu.engine.progress import Progress, Silent
 from tpcpu.errors import UsageError
+from tpcpu.kernels import isa
 from tpcpu.models import Model, read_config
 from tpcpu.parallel import numa
 from tpcpu.parallel.communicator import Communicator
@@ -87,7 +88,7 @@ class Engine:
         self.model: Model = read_config(self.checkpoint.config)
         self.program: Program = self.model.program(Share(communicator.rank, communicator.size))
         self.context = _context(options.context, self.model)
-        self.exact = options.exact
+        self.isa = isa.selected().name
         if options.kv_cache not in (None, "bf16", "float32"):
             raise UsageError(f"--kv-cache {options.kv_cache} is unknown; bf16 and float32 are supported")
         half = (options.kv_cache or ("float32" if options.exact else "bf16")) == "bf16"
@@ -95,29 +96,32 @@ class Engine:
             raise UsageError(f"--chunk-tokens {options.chunk_tokens} is not at least 1")
         self.chunk_tokens = min(options.chunk_tokens, self.context)
         self._bindings = bind(self.checkpoint, self.model, self.program, options.format, options.lm_head)
-        self.cache = Cache(
-            self.program, context=self.context, page_tokens=options.page_tokens, sequences=1, half=half
-        )
+        self.cache = Cache(self.program, context=self.context, page_tokens=options.page_tokens, sequences=1, half=half)
         self.vocabulary = self.model.config.vocab_size
         self._heads = [Share(rank, communicator.size).split(self.vocabulary) for rank in range(communicator.size)]
         widest = max(len(rows) for rows in self._heads)
         self.most_wanted = max(1, min(self.chunk_tokens, MOST_WANTED_BYTES // (4 * widest)))
+        if options.threads is not None and options.threads < 1:
+            raise UsageError(f"--threads {options.threads} is not at least 1")
+
+    def _gather_team(self, threads: int | None) -> Team:
+        """This rank's threads, on the cores that are its own among the ranks of this host."""
+        communicator = self.communicator
         topology = Topology.detect()
-        self.cpus = topology.cores_for(communicator.host_rank, communicator.host_size)
+        masks = communicator.all_gather_object(sorted(topology.affinity))
+        here = communicator.host_ranks
+        self.cpus = topology.cores_for(communicator.host_rank, communicator.host_size, [masks[rank] for rank in here])
         self._nodes = topology.nodes_of(self.cpus)
-        if options.threads is not None:
-            if options.threads < 1:
-                raise UsageError(f"--threads {options.threads} is not at least 1")
-            self.cpus = [self.cpus[i % len(self.cpus)] for i in range(options.threads)]
-        self._usable = len(topology.allowed)
+        if threads is not None:
+            self.cpus = [self.cpus[i % len(self.cpus)] for i in range(threads)]
+        cpus_of = communicator.all_gather_object(self.cpus)
+        on_host = [cpu for rank in here for cpu in cpus_of[rank]]
+        crowded = len(set(on_host)) < len(on_host)
+        return Team(self.cpus, pinned=not crowded, crowded=crowded)
 
     def _load(self, options: Options) -> None:
         communicator = self.communicator
-        threads_of = communicator.all_gather_object(len(self.cpus))
-        on_host = sum(threads_of[rank] for rank in communicator.host_ranks)
-        crowded = on_host > self._usable
-        pinned = len(set(self.cpus)) == len(self.cpus)
-        self.team = Team(self.cpus, pinned=pinned and not crowded, crowded=crowded)
+        self.team = self._gather_team(options.threads)
         assert self.checkpoint is not None
         loader = Loader(self.checkpoint, communicator, self.team, self.cpus, self.progress)
         self.weights, self.arena = loader.load(self._bindings)

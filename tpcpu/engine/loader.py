@@ -259,10 +259,9 @@ class _Slicer:
 
 def _refuse_not_finite(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> None:
     """By the bits: a float is not finite when its exponent is all ones, whatever numpy knows of its dtype."""
-    if values.dtype == floats.FLOAT32:
-        exponent, bits = np.uint32(0x7F800000), values.view(np.uint32)
-    else:
-        exponent, bits = np.uint16(0x7F80 if values.dtype == floats.BFLOAT16 else 0x7C00), values.view(np.uint16)
+    exponents = {floats.FLOAT32: 0x7F800000, floats.BFLOAT16: 0x7F80, floats.FLOAT16: 0x7C00}
+    bits: NDArray[Any] = values.view(np.uint32 if values.dtype == floats.FLOAT32 else np.uint16)
+    exponent = bits.dtype.type(exponents[values.dtype])
     for first in range(0, len(bits), 1024):
         part = bits[first : first + 1024]
         if ((part & exponent) == exponent).any():

@@ -73,7 +73,7 @@ def block_maxima(values: Array) -> npt.NDArray[np.float32]:
     1e-38."""
     flat = np.abs(to_float32(values.reshape(-1)))
     full = flat.size // BLOCK * BLOCK
-    maxima = flat[:full].reshape(-1, BLOCK).max(axis=1, initial=0)
+    maxima: npt.NDArray[np.float32] = flat[:full].reshape(-1, BLOCK).max(axis=1, initial=0)
     if full == flat.size:
         return maxima
     return np.append(maxima, np.maximum(flat[full:].max(), SMALLEST))
@@ -113,7 +113,8 @@ def quantize_codes(values: Array, maxima: npt.NDArray[np.float32]) -> npt.NDArra
     codes = np.searchsorted(NF4_MIDPOINTS, relative, side="left").astype(np.uint8)
     if codes.size % 2:
         codes = np.append(codes, np.uint8(np.searchsorted(NF4_MIDPOINTS, 0.0)))
-    return np.bitwise_or(codes[0::2] << 4, codes[1::2], dtype=np.uint8)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or(codes[0::2] << 4, codes[1::2], dtype=np.uint8)
+    return packed
 
 
 def quantize(values: Array, *, nested: bool = True, offset: np.float32 | None = None) -> Nf4Tensor:

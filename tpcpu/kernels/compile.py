@@ -24,13 +24,15 @@ from numba.core import codegen
 
 from tpcpu.kernels import isa
 
+_config: Any = numba.config  # its attributes are made at run time
+
 _SIGNATURE = types.void(types.int64, types.int64, types.int64)
 
 _chosen = isa.selected()
 if _chosen is not isa.available()[0]:
     # A forced set must not meet instructions of the better one: the compiler gets an older CPU for its target.
-    numba.config.CPU_NAME = _chosen.cpu or "generic"
-    numba.config.CPU_FEATURES = _chosen.features
+    _config.CPU_NAME = _chosen.cpu or "generic"
+    _config.CPU_FEATURES = _chosen.features
 
 
 class Kernel:
@@ -129,7 +131,7 @@ def folder() -> Path:
     for source in _sources():
         digest.update(f"{source} {source.stat().st_mtime_ns}\n".encode())
         digest.update(source.read_bytes())
-    target = (numba.__version__, sys.version, _chosen.name, numba.config.CPU_NAME, *_host())
+    target = (numba.__version__, sys.version, _chosen.name, _config.CPU_NAME, *_host())
     digest.update(repr(target).encode())
     root = os.environ.get("TPCPU_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tpcpu"
     path = Path(root).expanduser().absolute() / f"kernels-{_chosen.name}-{digest.hexdigest()[:16]}"
@@ -146,9 +148,9 @@ def _host() -> tuple[str, str]:
 @contextmanager
 def _numba_cache_dir() -> Iterator[None]:
     """numba fixes a function's cache folder when it is decorated; the user's own functions keep theirs."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder())
+    before = _config.CACHE_DIR
+    _config.CACHE_DIR = str(folder())
     try:
         yield
     finally:
-        numba.config.CACHE_DIR = before
+        _config.CACHE_DIR = before

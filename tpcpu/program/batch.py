@@ -71,11 +71,12 @@ class Batch:
     def read(cls, message: NDArray[np.int32]) -> "Batch":
         """Views into a message that `build` made."""
         count, wanted, sequences, row = (int(message[i]) for i in (_TOKENS, _WANTED, _SEQUENCES, _PAGES))
-        views: list[NDArray[np.int32]] = []
-        at = _HEADER
-        for size in (count, count, count, count, wanted, sequences, sequences * row):
-            views.append(message[at : at + size])
-            at += size
-        views[-1] = views[-1].reshape(sequences, row)
-        candidates, vocabulary = int(message[_CANDIDATES]), int(message[_VOCABULARY])
-        return cls(message, *views, candidates=candidates, vocabulary=vocabulary)
+        sizes = (count, count, count, count, wanted, sequences, sequences * row)
+        ends = np.cumsum((_HEADER, *sizes))
+        tokens, positions, rows, firsts, chosen, states, pages = (
+            message[end - size : end] for end, size in zip(ends[1:].tolist(), sizes, strict=True)
+        )
+        return cls(
+            message, tokens, positions, rows, firsts, chosen, states, pages.reshape(sequences, row),
+            candidates=int(message[_CANDIDATES]), vocabulary=int(message[_VOCABULARY]),
+        )  # fmt: skip

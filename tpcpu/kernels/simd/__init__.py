@@ -12,15 +12,9 @@
 The generic set has none of these: its kernels are plain loops that LLVM vectorises.
 """
 
-from tpcpu.kernels import isa
+from importlib import import_module
+from typing import Any
 
-if isa.selected().name == "avx512_vnni":
-    from tpcpu.kernels.simd import avx512_vnni as instructions
-elif isa.selected().name == "avx512":
-    from tpcpu.kernels.simd import avx512 as instructions
-elif isa.selected().name == "avx2":
-    from tpcpu.kernels.simd import avx2 as instructions
-else:
-    instructions = None
+from tpcpu.kernels.isa import selected
 
-__all__ = ["instructions"]
+instructions: Any = import_module(f"{__name__}.{selected().name}") if selected().panel_rows > 1 else None

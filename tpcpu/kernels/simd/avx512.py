@@ -2,8 +2,8 @@
 
 from llvmlite import ir
 
-from tpcpu.kernels.memory import F32, I8, I16, I32
-from tpcpu.kernels.simd.emit import const, constants, intrinsic_call, load, pointer
+from tpcpu.kernels.memory import F32, I8, I16, I32, pointer
+from tpcpu.kernels.simd.emit import const, constants, intrinsic_call, load
 
 WEIGHT_BIAS = 0
 
