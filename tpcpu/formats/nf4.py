@@ -62,7 +62,8 @@ class Nf4Tensor:
         """The scale of each block, (blocks,) float32: code × group scale, rounded, plus offset, rounded. Never
         fused."""
         if not self.nested:
-            return self.absmax.view(np.float32)
+            given: npt.NDArray[np.float32] = self.absmax
+            return given
         groups = np.repeat(self.nested_absmax, GROUP)[: self.absmax.size]
         product: npt.NDArray[np.float32] = self.nested_code[self.absmax] * groups
         return product + self.offset
@@ -73,7 +74,7 @@ def block_maxima(values: Array) -> npt.NDArray[np.float32]:
     1e-38."""
     flat = np.abs(to_float32(values.reshape(-1)))
     full = flat.size // BLOCK * BLOCK
-    maxima: npt.NDArray[np.float32] = flat[:full].reshape(-1, BLOCK).max(axis=1, initial=0)
+    maxima = flat[:full].reshape(-1, BLOCK).max(axis=1, initial=0)
     if full == flat.size:
         return maxima
     return np.append(maxima, np.maximum(flat[full:].max(), SMALLEST))
@@ -113,7 +114,7 @@ def quantize_codes(values: Array, maxima: npt.NDArray[np.float32]) -> npt.NDArra
     codes = np.searchsorted(NF4_MIDPOINTS, relative, side="left").astype(np.uint8)
     if codes.size % 2:
         codes = np.append(codes, np.uint8(np.searchsorted(NF4_MIDPOINTS, 0.0)))
-    packed: npt.NDArray[np.uint8] = np.bitwise_or(codes[0::2] << 4, codes[1::2], dtype=np.uint8)
+    packed: npt.NDArray[np.uint8] = (codes[0::2] << 4) | codes[1::2]
     return packed
 
 

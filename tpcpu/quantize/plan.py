@@ -1,7 +1,7 @@
 """What becomes of each tensor of a checkpoint, and of its config, when it is quantised.
 
-What multiplies is quantised, vectors become float32, embedding and head stay as given. The model itself says which
-tensor is which. Knows shapes and names; reads and writes no weights.
+What multiplies is quantised, embedding and head stay as given, and so do vectors in NF4; elsewhere they become float32.
+The model itself says which tensor is which. Knows shapes and names; reads and writes no weights.
 """
 
 import math
@@ -45,7 +45,8 @@ def plan(checkpoint: Checkpoint, target: str) -> tuple[list[Treatment], tuple[st
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise CheckpointError(f"{checkpoint.path}: is quantised already ({method}); start from the model as published")
     model = models.read_config(checkpoint.config)
-    weights = {weight.name: weight for weight in model.program(Share(0, 1)).weights}
+    declared = model.program(Share(0, 1)).weights  # a tied embedding is declared twice: it is the head as well
+    weights = {weight.name: weight for weight in declared}
     for name, weight in weights.items():
         if (shape := checkpoint[name].shape) != weight.full_shape:
             raise CheckpointError(
@@ -66,14 +67,15 @@ def plan(checkpoint: Checkpoint, target: str) -> tuple[list[Treatment], tuple[st
                 f"{tensor.file}: tensor {name} is {tensor.dtype}; weights are expected as {', '.join(DTYPE_NAMES)}"
             )
         treatments.append(_treatment(tensor, weights[name].kind, target))
-    _check_tied_heads(checkpoint, [n for n, w in weights.items() if w.kind is Kind.EMBEDDING], dropped)
+    _check_tied_heads(checkpoint, [weight.name for weight in declared if weight.kind is Kind.EMBEDDING], dropped)
     return treatments, tuple(dropped)
 
 
 def _treatment(tensor: StoredTensor, kind: Kind, target: str) -> Treatment:
     given = DTYPE_NAMES[tensor.dtype]
     if kind is Kind.VECTOR:
-        return Treatment(tensor, "float32")
+        # transformers takes the dtypes of a quantised folder as they stand, and cannot mix them in one pass
+        return Treatment(tensor, given if target == "nf4" else "float32")
     if target in ("bf16", "float32"):
         return Treatment(tensor, {"bf16": "bfloat16"}.get(target, target))
     if not kind.multiplies:

@@ -1,0 +1,118 @@
+"""Random bytes where a checkpoint should be: always a CheckpointError or a valid reading, in bounded memory."""
+
+import json
+import struct
+import tracemalloc
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from tpcpu.checkpoint import Checkpoint
+from tpcpu.checkpoint.folder import read_index
+from tpcpu.checkpoint.header import read_header
+from tpcpu.errors import CheckpointError
+
+VALID = save({"a": np.arange(6, dtype=np.float32), "b.weight": np.zeros((2, 3), np.float16)})
+MEMORY = 8 << 20
+
+numbers = st.integers(-(2**70), 2**70) | st.integers(-2, 64)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "F4", "I64", "X"]) | values,
+        "shape": st.lists(numbers, max_size=4) | values,
+        "data_offsets": st.lists(numbers, min_size=2, max_size=2) | values,
+    }
+)
+headers = st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "é"]) | st.text(max_size=4), entries | values)
+
+
+def attempt(read, path):
+    """What `read(path)` gives, or None where it refuses, as it must: by a CheckpointError that names the file."""
+    tracemalloc.start()
+    try:
+        return read(path)
+    except CheckpointError as error:
+        named = str(path) in str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MEMORY
+    assert named
+    return None
+
+
+def check_file(path, content):
+    """Reading `content` gives tensors inside the file, or a CheckpointError that names the file."""
+    path.write_bytes(content)
+    header = attempt(read_header, path)
+    for tensor in header.tensors if header else ():
+        start = header.offsets[tensor.name]
+        assert 8 <= start <= start + tensor.nbytes <= len(content)
+
+
+def files(header, data, extra):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", max(0, len(text) + extra)) + text + data
+
+
+class TestSafetensors:
+    @given(st.binary(max_size=200))
+    def test_any_bytes(self, tmp_path_factory, content):
+        check_file(tmp_path_factory.getbasetemp() / "any.safetensors", content)
+
+    @given(headers, st.binary(max_size=64), st.sampled_from([0, 0, 0, -1, 1, 1 << 40]))
+    def test_any_header(self, tmp_path_factory, header, data, extra):
+        check_file(tmp_path_factory.getbasetemp() / "header.safetensors", files(header, data, extra))
+
+    @given(st.binary(max_size=80), st.binary(max_size=20))
+    def test_any_text_of_the_right_length(self, tmp_path_factory, text, data):
+        check_file(tmp_path_factory.getbasetemp() / "text.safetensors", files(b"{" + text, data, 0))
+
+    @given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=6))
+    @settings(max_examples=300)
+    def test_a_valid_file_with_bytes_changed(self, tmp_path_factory, changes):
+        content = bytearray(VALID)
+        for place, value in changes:
+            content[place] = value
+        check_file(tmp_path_factory.getbasetemp() / "changed.safetensors", bytes(content))
+
+    @given(st.integers(0, len(VALID)), st.binary(max_size=10))
+    def test_a_valid_file_cut_or_lengthened(self, tmp_path_factory, size, more):
+        check_file(tmp_path_factory.getbasetemp() / "cut.safetensors", VALID[:size] + more)
+
+
+def check_index(path, content):
+    path.write_bytes(content)
+    weight_map = attempt(read_index, path)
+    assert weight_map is None or weight_map
+    for file in (weight_map or {}).values():
+        assert "/" not in file
+        assert file not in (".", "..")
+
+
+class TestIndex:
+    @given(st.binary(max_size=200))
+    def test_any_bytes(self, tmp_path_factory, content):
+        check_index(tmp_path_factory.getbasetemp() / "any.index.json", content)
+
+    @given(st.dictionaries(st.just("weight_map") | st.text(max_size=5), st.dictionaries(st.text(), values) | values))
+    def test_any_json(self, tmp_path_factory, value):
+        check_index(tmp_path_factory.getbasetemp() / "json.index.json", json.dumps(value).encode())
+
+    @given(st.dictionaries(st.text(min_size=1), st.text().map(lambda text: text + ".safetensors"), min_size=1))
+    def test_any_names_through_a_folder(self, tmp_path_factory, weight_map):
+        folder = tmp_path_factory.getbasetemp() / "folder"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert attempt(Checkpoint.open, folder) is None
+
+    def test_a_deep_one(self, tmp_path):
+        check_index(tmp_path / "deep.index.json", b'{"weight_map":' + b"[" * 1_000_000)
