@@ -91,13 +91,11 @@ class Checkpoint:
         return self._owners[self[name].name].array(self.tensors[name])
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Give the pages of the tensor's bytes `start` to `stop` back to the system. Views stay valid: they are read
-        again."""
+        """Give the pages of the tensor's bytes `start` to `stop` back. Views stay valid: they are read again."""
         self._advise(name, start, stop, mmap.MADV_DONTNEED)
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Ask the system to read the tensor's bytes `start` to `stop` ahead; returns at once, and costs no memory of
-        ours."""
+        """Ask the system to read the tensor's bytes `start` to `stop` ahead; returns at once."""
         self._advise(name, start, stop, mmap.MADV_WILLNEED)
 
     def _advise(self, name: str, start: int, stop: int | None, advice: int) -> None:
@@ -161,8 +159,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The `weight_map` of an index: tensor name to file name, both checked. Raises CheckpointError naming file and
-    fault."""
+    """The `weight_map` of an index: tensor name to file name, both checked. Raises CheckpointError."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map of tensors to files")

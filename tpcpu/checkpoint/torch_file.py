@@ -46,8 +46,7 @@ class TorchFile:
         return view
 
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
-        """Advice for the bytes `start` to `stop` of the tensor. (A private mapping that nobody writes may be dropped
-        too.)"""
+        """Advice for the bytes `start` to `stop` of the tensor. The mapping is private, but nobody writes to it."""
         stored = self._loaded[tensor.name]
         if stored.is_contiguous():
             advise(stored.data_ptr() + start, stop - start, advice)

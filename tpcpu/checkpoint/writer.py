@@ -33,8 +33,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that will be written. `late`: its size is only bounded by `shape` (one dimension) until its bytes are
-    there."""
+    """A tensor that will be written. If it is `late`, `shape` (of one dimension) only bounds its size."""
 
     name: str
     dtype: str  # as safetensors writes it

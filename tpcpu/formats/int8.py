@@ -39,8 +39,7 @@ class Int8Tensor:
 
 
 def quantize(values: Array) -> Int8Tensor:
-    """`values` (at least two dimensions, rows of a multiple of 64; bfloat16, float16 or float32, all finite) in
-    int8."""
+    """`values` in int8: rows of a multiple of 64, of bfloat16, float16 or float32, all finite."""
     rows, columns = values.shape[0], math.prod(values.shape[1:])
     if columns % BLOCK:
         raise CheckpointError(f"int8 needs rows of a multiple of {BLOCK} values, found {columns}")

@@ -59,8 +59,7 @@ class Nf4Tensor:
         return self.codes.nbytes + self.absmax.nbytes + self.nested_absmax.nbytes
 
     def scales(self) -> npt.NDArray[np.float32]:
-        """The scale of each block, (blocks,) float32: code × group scale, rounded, plus offset, rounded. Never
-        fused."""
+        """The scale of each block, (blocks,) float32: code × group scale, rounded, plus offset, rounded. Not fused."""
         if not self.nested:
             given: npt.NDArray[np.float32] = self.absmax
             return given
@@ -70,11 +69,10 @@ class Nf4Tensor:
 
 
 def block_maxima(values: Array) -> npt.NDArray[np.float32]:
-    """Largest magnitude of each block of 64 of the flattened `values`, float32. A short last block counts at least
-    1e-38."""
+    """Largest magnitude of each block of 64 of the flattened `values`, float32; at least 1e-38 for a short last block."""
     flat = np.abs(to_float32(values.reshape(-1)))
     full = flat.size // BLOCK * BLOCK
-    maxima = flat[:full].reshape(-1, BLOCK).max(axis=1, initial=0)
+    maxima: npt.NDArray[np.float32] = flat[:full].reshape(-1, BLOCK).max(axis=1, initial=0)
     if full == flat.size:
         return maxima
     return np.append(maxima, np.maximum(flat[full:].max(), SMALLEST))
@@ -114,7 +112,7 @@ def quantize_codes(values: Array, maxima: npt.NDArray[np.float32]) -> npt.NDArra
     codes = np.searchsorted(NF4_MIDPOINTS, relative, side="left").astype(np.uint8)
     if codes.size % 2:
         codes = np.append(codes, np.uint8(np.searchsorted(NF4_MIDPOINTS, 0.0)))
-    packed: npt.NDArray[np.uint8] = (codes[0::2] << 4) | codes[1::2]
+    packed: npt.NDArray[np.uint8] = (codes[0::2] << np.uint8(4)) | codes[1::2]
     return packed
 
 
@@ -171,8 +169,7 @@ def to_tensors(name: str, tensor: Nf4Tensor) -> dict[str, Array]:
 
 
 def is_stored(name: str, names: Container[str]) -> bool:
-    """Whether `name` is stored in a 4-bit format of bitsandbytes (also one that cannot be read: then reading says
-    so)."""
+    """Whether `name` is stored in a 4-bit format of bitsandbytes, also in one that cannot be read."""
     return any(f"{name}.quant_state.bitsandbytes__{kind}" in names for kind in ("nf4", "fp4"))
 
 

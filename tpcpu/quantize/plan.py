@@ -26,11 +26,10 @@ _PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class Treatment:
-    """What becomes of one tensor: `into` is nf4, int8, bfloat16, float16 or float32; `reason` says why it is not
-    quantised."""
+    """What becomes of one tensor; `reason` says why one that multiplies is not quantised."""
 
     source: StoredTensor
-    into: str
+    into: str  # nf4, int8, bfloat16, float16 or float32
     reason: str = ""
 
 
