@@ -69,7 +69,7 @@ class Nf4Tensor:
 
 
 def block_maxima(values: Array) -> npt.NDArray[np.float32]:
-    """Largest magnitude of each block of 64 of the flattened `values`, float32; at least 1e-38 for a short last block."""
+    """Largest magnitude of each block of 64 of the flattened `values`, float32; at least 1e-38 for a short last one."""
     flat = np.abs(to_float32(values.reshape(-1)))
     full = flat.size // BLOCK * BLOCK
     maxima: npt.NDArray[np.float32] = flat[:full].reshape(-1, BLOCK).max(axis=1, initial=0)
