@@ -21,12 +21,13 @@ from typing import Any
 from tpcpu import errors
 from tpcpu.engine.engine import Options
 from tpcpu.engine.generation import Chunk, Completion
+from tpcpu.engine.local import Info, Local, Score
 from tpcpu.engine.progress import Progress, Silent
 from tpcpu.errors import RankError, TpcpuError
-from tpcpu.llm import Info, Local, Prompt, Score
 from tpcpu.parallel import launcher
 from tpcpu.parallel.communicator import AllReduceKind, connect
 from tpcpu.sampling import SamplingParams
+from tpcpu.text import Prompt
 
 _CONNECT_SECONDS = 120
 """For `mpiexec` and the interpreters to start; a cluster's file system may be slow."""

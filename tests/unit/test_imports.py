@@ -23,6 +23,7 @@ ROWS = (
     {"program"},
     {"models"},
     {"engine"},
+    {"ranks"},
     {"llm", "quantize"},
     {"cli", "server"},
     {"__main__"},

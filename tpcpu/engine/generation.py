@@ -127,7 +127,8 @@ class Generator:
         for first in range(0, len(ids) - 1, self._engine.most_wanted):
             targets = ids[first + 1 : first + 1 + self._engine.most_wanted]
             feed = ids[first : first + len(targets)]
-            rows = self._step(feed, range(len(feed)), 0)
+            # The whole vocabulary, as the model's own distribution has it: padding rows count in the sum.
+            rows = self._step(feed, range(len(feed)), 0, self._engine.vocabulary)
             for row, target in zip(rows, targets, strict=True):
                 logits = row.logits.astype(np.float64)
                 peak = logits.max()
@@ -164,7 +165,9 @@ class Generator:
             result = self._step(part, [len(part) - 1] if last else [], candidates)
         return result
 
-    def _step(self, tokens: Sequence[int], wanted: Sequence[int], candidates: int) -> list[Candidates]:
+    def _step(
+        self, tokens: Sequence[int], wanted: Sequence[int], candidates: int, vocabulary: int | None = None
+    ) -> list[Candidates]:
         sequence = self._cached
         assert sequence is not None
         position = len(sequence.tokens)
@@ -176,7 +179,7 @@ class Generator:
             result = self._engine.step(
                 Batch.build(
                     [(tokens, position, sequence.state, sequence.pages)], wanted,
-                    candidates=candidates, vocabulary=self._tokenizer.size,
+                    candidates=candidates, vocabulary=vocabulary or self._tokenizer.size,
                 )
             )  # fmt: skip
         except BaseException:
