@@ -33,19 +33,19 @@ INIT = """#!/bin/busybox sh
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 for module in {modules}; do insmod /modules/$module.ko; done
-mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=1048576,cache=loose host /root || echo "no root"
+mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=1048576,cache=loose host /host || echo "no root"
 mount -t devtmpfs dev /dev
 mkdir -p /dev/shm
-for folder in /dev /proc /sys; do mount -o bind $folder /root$folder; done
-mount -t tmpfs tmpfs /root{scratch}
-cp /script /root{scratch}/script
+for folder in /dev /proc /sys; do mount -o bind $folder /host$folder; done
+mount -t tmpfs tmpfs /host{scratch}
+cp /script /host{scratch}/script
 export HOME={scratch} TMPDIR={scratch}
-mount -t tmpfs tmpfs /root/dev/shm
+mount -t tmpfs tmpfs /host/dev/shm
 ifconfig lo 127.0.0.1 up
 hostname four-sockets
 echo
 echo "{begun}"
-chroot /root /bin/sh {scratch}/script
+chroot /host /bin/sh {scratch}/script
 echo "{done}$?"
 poweroff -f
 """
@@ -110,7 +110,7 @@ def _unpack_kernel(folder: Path) -> None:
 def build_ramdisk(kernel: Kernel, script: str, folder: Path) -> Path:
     """The initial ramdisk: busybox, the modules that mount the host's root, and an init that runs `script` there."""
     tree = folder / "ramdisk"
-    for name in ("bin", "modules", "proc", "sys", "dev", "root"):
+    for name in ("bin", "modules", "proc", "sys", "dev", "host"):
         (tree / name).mkdir(parents=True)
     busybox = shutil.which("busybox")
     assert busybox is not None

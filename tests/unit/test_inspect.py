@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tpcpu.checkpoint import Checkpoint
-from tpcpu.cli import inspect
+from tpcpu.cli import description, inspect
 from tpcpu.errors import CheckpointError
 from tpcpu.formats import int8, nf4
 
@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 def describe(folder):
     with Checkpoint.open(folder) as checkpoint:
-        return inspect.describe(checkpoint)
+        return description.describe(checkpoint)
 
 
 @pytest.fixture

@@ -1,0 +1,163 @@
+"""What a checkpoint holds, in words: the work of `tpcpu inspect`.
+
+Knows how to put the answers of `checkpoint`, `formats` and `models` together. Reads headers, and the small JSON parts
+of NF4 tensors.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpcpu import models
+from tpcpu.checkpoint import Checkpoint
+from tpcpu.errors import ConfigError, LaunchError
+from tpcpu.formats import int8, nf4
+from tpcpu.parallel.partition import Share
+
+_FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "float32"}
+
+
+@dataclass
+class Description:
+    """What `inspect` says. `ranks` is the largest count that works, None for a model that is not supported."""
+
+    path: str
+    architecture: str
+    files: int
+    tensors: int
+    parameters: int
+    total_bytes: int
+    bytes_by_format: dict[str, int] = field(default_factory=dict)
+    parameters_by_format: dict[str, int] = field(default_factory=dict)
+    not_quantized: dict[str, str] = field(default_factory=dict)  # multiplying tensors in a quantised folder, and why
+    not_needed: list[str] = field(default_factory=list)
+    ranks: int | None = None
+    unsupported: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Logical:
+    """A tensor as the model knows it, which may be stored in several parts."""
+
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def describe(checkpoint: Checkpoint) -> Description:
+    """Describe an open checkpoint. Raises CheckpointError where its tensors are damaged."""
+    logical = _logical_tensors(checkpoint)
+    config = checkpoint.config
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else "no architecture"
+    found = Description(
+        path=str(checkpoint.path),
+        architecture=f"{config.get('model_type', 'no model_type')} ({named})",
+        files=len(checkpoint.files),
+        tensors=len(logical),
+        parameters=sum(math.prod(tensor.shape) for tensor in logical.values()),
+        total_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+    )
+    for tensor in logical.values():
+        for total, amount in (
+            (found.bytes_by_format, tensor.nbytes),
+            (found.parameters_by_format, math.prod(tensor.shape)),
+        ):
+            total[tensor.format] = total.get(tensor.format, 0) + amount
+    _compare_with_model(checkpoint, logical, found)
+    return found
+
+
+def _logical_tensors(checkpoint: Checkpoint) -> dict[str, _Logical]:
+    names = checkpoint.tensors
+    parts: set[str] = set()
+    logical: dict[str, _Logical] = {}
+    for name, tensor in names.items():
+        if nf4.is_stored(name, names):
+            own = [part for part in nf4.part_names(name) if part in names]
+            parts.update(own)
+            nbytes = tensor.nbytes + sum(names[part].nbytes for part in own)
+            if f"{name}.{nf4.STATE_KEY}" in names:
+                stored = nf4.from_tensors(name, checkpoint.array, names)
+                logical[name] = _Logical("nf4" if stored.nested else "nf4, float32 scales", stored.shape, nbytes)
+            else:
+                logical[name] = _Logical("fp4", (2 * math.prod(tensor.shape),), nbytes)
+        elif tensor.dtype == "I8" and int8.is_stored(name, names):
+            scales = int8.scale_name(name)
+            parts.add(scales)
+            logical[name] = _Logical("int8", tensor.shape, tensor.nbytes + names[scales].nbytes)
+        else:
+            logical[name] = _Logical(_FLOATS.get(tensor.dtype, tensor.dtype), tensor.shape, tensor.nbytes)
+    return {name: tensor for name, tensor in logical.items() if name not in parts}
+
+
+def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], found: Description) -> None:
+    method = _quantization(checkpoint.config)
+    if method not in (None, "bitsandbytes", int8.QUANTIZATION_CONFIG["quant_method"]):
+        found.unsupported.append(
+            f"quantised with {method}: only bitsandbytes NF4 and {int8.QUANTIZATION_CONFIG} are read"
+        )
+    try:
+        model = models.read_config(checkpoint.config)
+        weights = model.program(Share(0, 1)).weights
+        found.ranks = model.max_ranks
+    except (ConfigError, LaunchError) as error:
+        found.unsupported.append(str(error))
+        return
+    quantized = method is not None or any(t.format.startswith(("nf4", "int8")) for t in logical.values())
+    for weight in weights:
+        tensor = logical.get(weight.name)
+        if tensor is None:
+            found.unsupported.append(f"tensor {weight.name} is missing")
+        elif tensor.shape != weight.full_shape and tensor.format != "fp4":
+            found.unsupported.append(
+                f"tensor {weight.name} has the shape {list(tensor.shape)},"
+                f" by config.json it is {list(weight.full_shape)}"
+            )
+        elif tensor.format not in (*_FLOATS.values(), "nf4", "nf4, float32 scales", "int8"):
+            found.unsupported.append(f"tensor {weight.name} is stored as {tensor.format}, which is not supported")
+        elif weight.kind.multiplies and quantized and tensor.format in _FLOATS.values():
+            found.not_quantized[weight.name] = (
+                f"rows of {weight.full_columns} values are no multiple of {nf4.BLOCK}"
+                if weight.full_columns % nf4.BLOCK
+                else f"stored as {tensor.format} by whoever wrote the folder"
+            )
+        elif tensor.format.startswith("nf4") and weight.full_columns % nf4.BLOCK:
+            found.not_quantized[weight.name] = (
+                f"dequantised at loading: rows of {weight.full_columns} values cut blocks"
+            )
+    declared = {weight.name for weight in weights}
+    for name in logical.keys() - declared:
+        if model.is_optional(name):
+            found.not_needed.append(name)
+        else:
+            found.unsupported.append(f"tensor {name} does not belong to a model of type {model.model_type}")
+    found.not_needed.sort()
+
+
+def _quantization(config: dict[str, Any]) -> str | None:
+    section = config.get("quantization_config")
+    if section is None:
+        return None
+    return str(section.get("quant_method", "an unnamed method")) if isinstance(section, dict) else str(section)
+
+
+def text(found: Description) -> str:
+    lines = [
+        f"{found.path}: {found.architecture}, {found.parameters:,} parameters in {found.tensors} tensors,"
+        f" {_bytes(found.total_bytes)} in {found.files} file{'s' if found.files > 1 else ''}"
+    ]
+    for name, nbytes in sorted(found.bytes_by_format.items(), key=lambda item: -item[1]):
+        parameters = found.parameters_by_format[name]
+        bits = f", {8 * nbytes / parameters:.3f} bits each" if parameters else ""
+        lines.append(f"  {name}: {parameters:,} parameters, {_bytes(nbytes)}{bits}")
+    lines += [f"not quantised: {name}: {reason}" for name, reason in found.not_quantized.items()]
+    lines += [f"not needed: {name}" for name in found.not_needed]
+    lines += [f"not supported: {reason}" for reason in found.unsupported]
+    if found.ranks is not None and not found.unsupported:
+        lines.append(f"ranks: 1 to {found.ranks} work")
+    return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
