@@ -21,13 +21,14 @@ from tpcpu.formats import floats, int8, nf4
 from tpcpu.formats.tables import DYNAMIC_MAP, NEAREST_CODE
 from tpcpu.kernels import quantize as kernels
 from tpcpu.kernels import record as R
+from tpcpu.kernels.compile import prepare
 from tpcpu.parallel.communicator import Communicator
 from tpcpu.parallel.numa import Arena, arena
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.parallel.team import Team
 from tpcpu.program.compiled import Weights
 from tpcpu.program.operations import BLOCK, Kind, Weight
-from tpcpu.program.weights import Packed, Packer, Source, Table, Vector, packed_bytes, padded
+from tpcpu.program.weights import Packed, Packer, Source, Table, Vector, packed_bytes, packing_kernels, padded
 
 GROUP = 256
 
@@ -51,6 +52,8 @@ class Loader:
         """The weights by name and kind, and the arena that holds the packed ones. Raises CheckpointError."""
         packed = [binding for binding in bindings if _is_packed(binding.weight)]
         sizes = [packed_bytes(len(b.weight.rows), len(b.weight.columns), b.form) for b in packed]
+        # Before the reading begins, so that its speed is told truly.
+        prepare(packing_kernels(binding.form for binding in packed), self._progress.say)
         memory = arena(sum(sizes))
         packer = Packer(self._team, memory)
         weights: dict[tuple[str, Kind], Packed | Table | Vector] = {}

@@ -4,6 +4,7 @@ Knows memory layouts and formats by their kernels; nothing of checkpoints and mo
 """
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from tpcpu.kernels import pack
 from tpcpu.kernels import record as R
-from tpcpu.kernels.compile import Kernel, prepare
+from tpcpu.kernels.compile import Kernel
 from tpcpu.kernels.isa import selected
 from tpcpu.parallel.numa import Arena
 from tpcpu.parallel.team import Team
@@ -99,8 +100,15 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
+def packing_kernels(forms: Iterable[int]) -> set[Kernel]:
+    """What packs weights of these formats, scales included."""
+    scales = {R.NF4: 1, R.NF4_SINGLE: 4, R.INT8: 4}
+    wanted = set(forms)
+    return {_packer(form) for form in wanted} | {pack.pack_elements(scales[form]) for form in wanted & set(scales)}
+
+
 class Packer:
-    """Packs the matrices of one rank, one after another, into an arena."""
+    """Packs the matrices of one rank, one after another, into an arena; their kernels must have been prepared."""
 
     def __init__(self, team: Team, arena: Arena) -> None:
         self._team = team
@@ -151,7 +159,6 @@ class Packer:
 
     def _job(self, kernel: Kernel, source: NDArray[Any], rows: int, columns: int, out: int) -> NDArray[np.int64]:
         assert source.strides[1] == source.itemsize
-        prepare([kernel])
         record = np.zeros((1, R.RECORD_WORDS), np.int64)
         record[0, R.KERNELS : R.KERNELS + 3] = kernel.address
         record[0, R.BARRIER] = 1
