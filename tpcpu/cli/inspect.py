@@ -4,8 +4,9 @@ Knows its flags. What it says is put together in `description`.
 """
 
 import argparse
-import json
 from typing import Any
+
+from tpcpu.cli.output import Output
 
 
 def add_parser(subparsers: Any) -> None:
@@ -27,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
     from tpcpu.checkpoint import Checkpoint
     from tpcpu.cli.description import describe, text
 
+    output = Output(args.json)
     with Checkpoint.open(args.dir) as checkpoint:
         found = describe(checkpoint)
-    print(json.dumps(asdict(found)) if args.json else text(found))
+    output.line(text(found))
+    output.result(asdict(found))
     return 0
