@@ -207,6 +207,11 @@ def test_balance_over_threads():
     assert cost.balance(narrow, 5, BF16) == pytest.approx(mean / largest)
 
 
+def test_balance_divides_inputs_too():
+    # The reference job: 64 panels of the first convolution would keep 56 threads busy by 0.57.
+    assert cost.balance(world("yuan2-102b", 4)[0], 56, Storage()) >= 0.98
+
+
 def test_the_largest_job_is_counted_quickly():
     start = time.perf_counter()
     program = world("yuan2-102b", 8)[3]

@@ -43,6 +43,10 @@ PAGE_TOKENS = 11
 """Positions in a page, a multiple of 16."""
 PIECES = 12
 """Pieces of 256 positions in the longest sequence of the batch."""
+RUN = 13
+"""Grows from step to step by the number of records, so that RUN + NUMBER is new for every record of every step."""
+TEAM = 14
+"""Address of the team."""
 STEP_WORDS = 16
 
 # A record: header, then operands by kernel.
@@ -159,8 +163,10 @@ TABLE = 14
 FACTOR = 15
 """Bits of a float32 that every product is multiplied with."""
 SCRATCH = 16
-"""Memory for decoded rows, `SCRATCH_STRIDE` bytes a thread (plain kernels only)."""
+"""Memory, `SCRATCH_STRIDE` bytes a thread: for a decoded row (plain kernels), for the sums of spans (the others)."""
 SCRATCH_STRIDE = 17
+NUMBER = 18
+"""Which record of the program this is."""
 
 # A segment of a linear.
 S_VALUES = 0

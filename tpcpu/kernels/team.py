@@ -1,7 +1,7 @@
 """The team: waiting, the barrier, the walker, and the loop that a worker never leaves.
 
 A team is a block of int64 words, one fact per cache line, so that threads do not disturb each other. Every wait is
-`_wait`: it spins briefly, yields, sleeps on a futex, and looks at the abort word each time it looks at all.
+`wait`: it spins briefly, yields, sleeps on a futex, and looks at the abort word each time it looks at all.
 """
 
 from numba import types
@@ -45,7 +45,7 @@ _CHILDREN = 4
 
 
 @helper
-def _wait(address, target, team, spins):
+def wait(address, target, team, spins):
     """Until the word at `address` is at least `target`. Gives 1 if the team is aborted, else 0."""
     looks = 0
     while load_acquire(address) < target:
@@ -67,7 +67,7 @@ def _wait(address, target, team, spins):
 
 
 @helper
-def _post(address, value, team):
+def post(address, value, team):
     """Stores `value` and wakes whoever sleeps on it."""
     exchange(address, value)
     if load_acquire(team + SLEEPERS) != 0:
@@ -79,13 +79,13 @@ def _barrier(team, thread, threads, epoch):
     """Until all threads are here for the `epoch`-th time. Gives 1 if the team is aborted."""
     spins = load_i64(team + SPINS)
     for child in range(_CHILDREN * thread + 1, min(_CHILDREN * thread + _CHILDREN + 1, threads)):
-        if _wait(team + ARRIVALS + child * LINE, epoch, team, spins):
+        if wait(team + ARRIVALS + child * LINE, epoch, team, spins):
             return 1
     if thread == 0:
-        _post(team + RELEASE, epoch, team)
+        post(team + RELEASE, epoch, team)
         return 0
-    _post(team + ARRIVALS + thread * LINE, epoch, team)
-    return _wait(team + RELEASE, epoch, team, spins)
+    post(team + ARRIVALS + thread * LINE, epoch, team)
+    return wait(team + RELEASE, epoch, team, spins)
 
 
 @helper
@@ -114,7 +114,7 @@ def run(team, records, count):
     """
     store_i64(team + JOB, records)
     store_i64(team + RECORD_COUNT, count)
-    _post(team + TICKET, load_acquire(team + TICKET) + 1, team)
+    post(team + TICKET, load_acquire(team + TICKET) + 1, team)
     _walk(team, 0)
 
 
@@ -123,7 +123,7 @@ def work(team, thread, ticket):
     """A worker's life: waits for the next ticket, walks, waits; returns when the team is aborted."""
     while True:
         ticket += 1
-        if _wait(team + TICKET, ticket, team, load_i64(team + IDLE_SPINS)):
+        if wait(team + TICKET, ticket, team, load_i64(team + IDLE_SPINS)):
             return
         _walk(team, thread)
 

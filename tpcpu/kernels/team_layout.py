@@ -27,4 +27,6 @@ FUTEX_CALL = 5 * LINE + 32
 TIMEOUT = 5 * LINE + 40
 """and its longest sleep: a timespec of two words."""
 ARRIVALS = 6 * LINE
-"""From here one line a thread: the last barrier it has reached."""
+"""From here one line a thread: the last barrier it has reached,"""
+PUBLISHED = 8
+"""and, so many bytes behind, the last product of which it has published its part."""

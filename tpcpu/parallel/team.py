@@ -51,7 +51,8 @@ class Team:
         self._run = _KERNEL(compiled.run.address)
         self._wake = _KERNEL(compiled.wake.address)
         self._words = aligned((layout.ARRIVALS + layout.LINE * self.threads) // 8)
-        self._address = self._words.ctypes.data
+        self.address: int = self._words.ctypes.data
+        """Where compiled code finds it."""
         self._set(layout.THREADS, self.threads)
         self._set(layout.SPINS, SPINS_CROWDED if crowded else SPINS)
         self._set(layout.YIELDS, YIELDS)
@@ -71,14 +72,14 @@ class Team:
 
     def run(self, records: NDArray[np.int64]) -> None:
         """Walks the records (count, RECORD_WORDS); the last must end with a barrier."""
-        self._run(self._address, records.ctypes.data, len(records))
+        self._run(self.address, records.ctypes.data, len(records))
 
     def close(self) -> None:
         """Ends the workers; they are gone when this returns. May be called twice."""
         if self._words[layout.ABORT // 8]:
             return
         self._set(layout.ABORT, 1)
-        self._wake(self._address, 0, 0)
+        self._wake(self.address, 0, 0)
         for worker in self._workers:
             worker.join(5 * SLEEP_SECONDS)
         os.sched_setaffinity(0, self._before)
@@ -86,7 +87,7 @@ class Team:
     def _work(self, thread: int, cpus: set[int] | None) -> None:
         if cpus is not None:
             os.sched_setaffinity(0, cpus)
-        _KERNEL(compiled.work.address)(self._address, thread, 0)
+        _KERNEL(compiled.work.address)(self.address, thread, 0)
 
     def _set(self, offset: int, value: int) -> None:
         self._words[offset // 8] = value

@@ -82,8 +82,10 @@ class Compiled:
         self._all_reduce, self._exact = all_reduce, exact
         self._keep: list[object] = [weights, cache]
         self._step = aligned(R.STEP_WORDS)
+        self._step[R.TEAM] = team.address
         self._records = Records(self._step.ctypes.data)
         self._rounded: dict[int, tuple[_Rounded, str]] = {}
+        self._rooms: dict[tuple[int, int], int] = {}
         self._rope_tables: dict[Rope, NDArray[np.float32]] = {}
         self._tables = _tables()
         alone = program.share.size == 1
@@ -117,6 +119,7 @@ class Compiled:
         step[R.PAGES] = batch.pages.ctypes.data
         step[R.PAGES_STRIDE] = 4 * batch.pages.shape[1]
         step[R.PAGE_TOKENS] = self._cache.page_tokens
+        step[R.RUN] += len(self._array)
         step[R.PIECES] = int(batch.positions.max()) // PIECE + 1
         self._team.run(self._array)
         return self.logits[: len(batch.wanted)]
@@ -220,11 +223,19 @@ class Compiled:
                 rounded = self._round_of(x)
                 words.update(rounded.operands())
                 words[R.TABLE] = self._tables[0].ctypes.data
-            if PANEL_ROWS == 1:
-                widest = 4 * max(len(packed.weight.columns) for packed, *_ in of_form) + BLOCK
-                words[R.SCRATCH] = self._buffers.take(widest * self._team.threads)
-                words[R.SCRATCH_STRIDE] = widest
+            words.update(self._scratch(len(of_form[0][0].weight.columns)))
             self._records.add(linear(form, self._exact), words, barrier=form == forms[-1])
+
+    def _scratch(self, columns: int) -> dict[int, int]:
+        """Memory of each thread for one record: a decoded row, or the sums of a panel's spans.
+
+        Products without a barrier between them must not share it; four in a row never happen.
+        """
+        row = 4 * columns + BLOCK if PANEL_ROWS == 1 else 4 * PANEL_ROWS * (columns // (BLOCK * R.SPAN) + 1)
+        turn = self._records.count % 4
+        if (columns, turn) not in self._rooms:
+            self._rooms[columns, turn] = self._buffers.take(row * self._team.threads)
+        return {R.SCRATCH: self._rooms[columns, turn], R.SCRATCH_STRIDE: row, R.NUMBER: self._records.count + 1}
 
     def _short_conv(self, op: ShortConv) -> None:
         packed = self._packed(op.weight)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+from tpcpu.kernels.record import SPAN
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.operations import (
     BLOCK,
@@ -260,29 +261,42 @@ def embedding_bytes(program: Program, storage: Storage) -> int:
 
 
 def balance(program: Program, threads: int, storage: Storage) -> float:
-    """How evenly whole panels of 16 rows divide the weights over a rank's threads: mean ÷ largest share of bytes.
+    """How evenly the weights of one token are divided over a rank's threads: mean ÷ largest share of bytes.
 
-    Operations follow one another, so the largest share is taken operation by operation. 1 where nothing is held.
+    A unit is one span of 1024 features of a panel of 16 rows. Operations follow one another, so the largest share is
+    taken operation by operation. 1 where nothing is held.
     """
     mean = largest = 0.0
     for operation in program.operations:
         held = [
-            (len(weight.rows), weight_bytes(weight, storage.of(weight)) / len(weight.rows))
+            (weight, weight_bytes(weight, storage.of(weight)) / len(weight.rows))
             for weight in weights(operation)
             if weight.size and (weight.kind.multiplies or weight.kind is Kind.HEAD)
         ]
-        panels = sum(-(-rows // PANEL_ROWS) for rows, _ in held)
-        parts = [Share(thread, threads).split(panels) for thread in range(threads)]
+        units = sum(_panels(weight) * _spans(weight) for weight, _ in held)
+        parts = [Share(thread, threads).split(units) for thread in range(threads)]
         shares = [_bytes_before(part.stop, held) - _bytes_before(part.start, held) for part in parts]
         mean += sum(shares) / threads
         largest += max(shares)
     return mean / largest if largest else 1.0
 
 
-def _bytes_before(panel: int, held: Sequence[tuple[int, float]]) -> float:
-    """Of the panels before number `panel`; `held` gives rows and bytes of a row, a weight's last panel may be short."""
+def _panels(weight: Weight) -> int:
+    return -(-len(weight.rows) // PANEL_ROWS)
+
+
+def _spans(weight: Weight) -> int:
+    return -(-len(weight.columns) // (SPAN * BLOCK))
+
+
+def _bytes_before(unit: int, held: Sequence[tuple[Weight, float]]) -> float:
+    """Of the units before number `unit`; `held` gives weights and bytes of a row. Last ones may be short."""
     before = 0.0
-    for rows, row_bytes in held:
+    for weight, row_bytes in held:
+        rows, columns, spans = len(weight.rows), len(weight.columns), _spans(weight)
+        panel, span = divmod(min(unit, _panels(weight) * spans), spans)
         before += min(panel * PANEL_ROWS, rows) * row_bytes
-        panel = max(panel - -(-rows // PANEL_ROWS), 0)
+        begun = min(PANEL_ROWS, rows - panel * PANEL_ROWS)
+        before += max(begun, 0) * row_bytes * span * SPAN * BLOCK / columns
+        unit = max(unit - _panels(weight) * spans, 0)
     return before

@@ -112,6 +112,11 @@ class Records:
         self.kernels.update(each)
         self._rows.append((each, {R.BARRIER: int(barrier), R.STEP: self.step, **words}))
 
+    @property
+    def count(self) -> int:
+        """Records so far."""
+        return len(self._rows)
+
     def array(self) -> NDArray[np.int64]:
         """(records, RECORD_WORDS) int64; the kernels must have been prepared."""
         array = np.zeros((len(self._rows), R.RECORD_WORDS), np.int64)

@@ -93,6 +93,12 @@ def store(b, address, x):
     emit.store(b, x, address)
 
 
+@_operation(types.void, types.int64, floats, types.int64)
+def store_first(b, address, x, count):
+    """Stores the first `count` lanes, all if there are no more."""
+    emit.store_rows(b, x, address, count)
+
+
 @_operation(types.void, types.int64, floats)
 def store_bf16(b, address, x):
     """Rounds to the nearest bfloat16, ties to even; x is finite."""

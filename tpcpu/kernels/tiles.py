@@ -1,0 +1,308 @@
+"""Tiles: a few panels of packed weights times a few tokens, on vector registers.
+
+The inner loops of a tile are unrolled while they are emitted; what an instruction set does differently is behind
+`simd.instructions`. Every tile adds in the same order: features of a block, blocks of a span, spans. So a token's
+result has the same bits in any company. Weights are (see `pack.py`):
+
+    nf4     64 features of 16 rows: 8 groups of 8 features; a row's 4 bytes hold features 0..3 in their low halves and
+            4..7 in their high halves
+    int8    16 groups of 4 features, a row's 4 bytes together, plus WEIGHT_BIAS
+    floats  feature by feature, the rows of a panel together
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tpcpu.kernels import record as R
+from tpcpu.kernels.isa import selected
+from tpcpu.kernels.memory import F32, I32
+from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, INT8, NF4, NF4_SINGLE
+from tpcpu.kernels.simd import emit as e
+from tpcpu.kernels.simd import instructions as isa
+
+ROWS = selected().panel_rows
+PREFETCH = 4096
+"""Bytes that a tile asks for ahead of its reading: far enough for memory, near enough for the first-level cache."""
+
+
+class _Operands:
+    """What a tile reads of the record and the segment, and the addresses of its panels and tokens."""
+
+    def __init__(self, b, panels, tokens, record, segment, panel, token, spans=None):
+        self.b, self.panels, self.tokens, self.panel = b, panels, tokens, panel
+        self.spans = spans
+        """(first, last, room) for a part of a panel, whose sums of spans go to `room` one by one; None for all."""
+        self.segment = segment
+        self.columns = e.load_word(b, segment, R.S_COLUMNS)
+        self.values = e.load_word(b, segment, R.S_VALUES)
+        self.scales = e.load_word(b, segment, R.S_SCALES)
+        self.table = e.load_word(b, record, R.TABLE)
+        self.factor = b.bitcast(b.trunc(e.load_word(b, record, R.FACTOR), I32), F32)
+        stride = e.load_word(b, record, R.X_STRIDE)
+        scales_stride = e.load_word(b, record, R.X_SCALES_STRIDE)
+        self.x, self.x_scales, self.x_sums = (
+            [b.add(e.load_word(b, record, word), b.mul(e.offset(b, token, m), step)) for m in range(tokens)]
+            for word, step in ((R.X, stride), (R.X_SCALES, scales_stride), (R.X_SUMS, scales_stride))
+        )
+        self.token = token
+
+    def each(self):
+        return [(p, m) for p in range(self.panels) for m in range(self.tokens)]
+
+    def new(self, vector):
+        """One register for every panel and token of the tile."""
+        return {at: cgutils.alloca_once(self.b, vector) for at in self.each()}
+
+    def fill(self, registers, value):
+        for register in registers.values():
+            self.b.store(value, register)
+
+
+class _BlockScales:
+    """The scales of one block of each panel: stored as float32, or as codes into a table, doubly quantised."""
+
+    def __init__(self, o, coded):
+        self.o, self.coded = o, coded
+        b = o.b
+        if coded:
+            self.code = e.load_word(b, o.segment, R.S_CODE)
+            self.groups = e.load_word(b, o.segment, R.S_GROUPS)
+            offset = b.bitcast(b.trunc(e.load_word(b, o.segment, R.S_OFFSET), I32), F32)
+            self.offset = e.splat(b, offset, e.F32V)
+            full = b.trunc(e.load_word(b, o.segment, R.S_FULL_BLOCKS), I32)
+            first = b.trunc(e.load_word(b, o.segment, R.S_FIRST_BLOCK), I32)
+            lanes = e.constants(range(ROWS), I32)
+            self.first = []
+            for p in range(o.panels):
+                row = b.trunc(b.mul(e.offset(b, o.panel, p), e.const(ROWS)), I32)
+                rows = b.add(e.splat(b, row, e.I32V), lanes)
+                starts = b.mul(rows, e.splat(b, full, e.I32V))
+                self.first.append(b.add(starts, e.splat(b, first, e.I32V)))
+
+    def load(self, p, blocks, block):
+        """The scales of `block` in panel p; a panel has `blocks`."""
+        b = self.o.b
+        at = b.mul(b.add(b.mul(e.offset(b, self.o.panel, p), blocks), block), e.const(ROWS))
+        if not self.coded:
+            return e.load(b, e.offset(b, self.o.scales, at, 4), e.F32V)
+        codes = isa.gather_f32(b, self.code, e.widen_bytes(b, b.add(self.o.scales, at)))
+        number = b.add(self.first[p], e.splat(b, b.trunc(block, I32), e.I32V))
+        groups = isa.gather_f32(b, self.groups, b.lshr(number, e.constants([8] * ROWS, I32)))
+        # Rounded after the multiply, as the published dequantiser does: no fused multiply-add here.
+        return b.fadd(b.fmul(codes, groups), self.offset)
+
+
+def _splat_bytes(b, address):
+    """Four bytes, repeated over a register."""
+    return e.splat(b, e.load(b, address, I32), e.I32V)
+
+
+def _prefetch(b, address):
+    pointer = e.pointer(b, e.offset(b, address, PREFETCH), ir.IntType(8))
+    e.intrinsic_call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(e.const(v, I32) for v in (0, 3, 1))])
+
+
+def _integer_products(o, sums, packed, x_at, nf4, table):
+    """Adds a block's products of bytes to `sums`. `packed[p]`: address of the block; `x_at`: its first feature."""
+    b = o.b
+    groups, features = (8, 8) if nf4 else (16, 4)
+    for g in range(groups):
+        weights = []
+        for p in range(o.panels):
+            at = e.offset(b, packed[p], g * 4 * ROWS)
+            if o.tokens == 1:
+                _prefetch(b, at)
+            stored = e.load(b, at, e.BYTEV)
+            if nf4:
+                parts = (e.low_bits(b, stored, 4), e.high_nibbles(b, stored))
+                weights.append([isa.lookup(b, table, part) for part in parts])
+            else:
+                weights.append([stored])
+        for m in range(o.tokens):
+            for half in range(len(weights[0])):
+                x = _splat_bytes(b, e.offset(b, e.offset(b, o.x[m], x_at), features * g + 4 * half))
+                for p in range(o.panels):
+                    register = sums[p, m]
+                    b.store(isa.dot4(b, b.load(register), weights[p][half], x), register)
+
+
+def _float_products(o, sums, packed, x_at, nf4, table):
+    """As `_integer_products`, with float32 activations: feature after feature."""
+    b = o.b
+    groups = 8 if nf4 else 16
+    for g in range(groups):
+        stored = [e.load(b, e.offset(b, packed[p], g * 4 * ROWS), e.I32V) for p in range(o.panels)]
+        if o.tokens == 1:
+            for p in range(o.panels):
+                _prefetch(b, e.offset(b, packed[p], g * 4 * ROWS))
+        shifts = [8 * j + 4 * half for half in (0, 1) for j in range(4)] if nf4 else [8 * j for j in range(4)]
+        for j, shift in enumerate(shifts):
+            values = []
+            for p in range(o.panels):
+                if nf4:
+                    moved = b.lshr(stored[p], e.constants([shift] * ROWS, I32))
+                    values.append(isa.lookup_f32(b, table, moved))
+                elif isa.WEIGHT_BIAS:
+                    byte = e.low_bits(b, b.lshr(stored[p], e.constants([shift] * ROWS, I32)), 8)
+                    values.append(e.to_float(b, b.sub(byte, e.constants([isa.WEIGHT_BIAS] * ROWS, I32))))
+                else:
+                    top = b.shl(stored[p], e.constants([24 - shift] * ROWS, I32))
+                    values.append(e.to_float(b, b.ashr(top, e.constants([24] * ROWS, I32))))
+            feature = len(shifts) * g + j
+            for m in range(o.tokens):
+                x = e.load(b, e.offset(b, e.offset(b, o.x[m], x_at, 4), 4 * feature), F32)
+                x = e.splat(b, x, e.F32V)
+                for p in range(o.panels):
+                    b.store(e.fma(b, values[p], x, b.load(sums[p, m])), sums[p, m])
+
+
+def _accumulate(o, blocks, one_block):
+    """Runs `one_block(block, span_sums)` over all blocks and stores the joined sums, with the bias, to the output.
+
+    Of a part of a panel, only its spans, whose sums are stored one by one for whoever joins them.
+    """
+    b = o.b
+    zero = ir.Constant(e.F32V, [0.0] * ROWS)
+    totals, span_sums = o.new(e.F32V), o.new(e.F32V)
+    o.fill(totals, zero)
+    span = e.const(R.SPAN)
+    spans = b.udiv(b.add(blocks, e.const(R.SPAN - 1)), span)
+    begin, end, room = o.spans or (e.const(0), spans, None)
+    with cgutils.for_range(b, end, begin) as outer:
+        o.fill(span_sums, zero)
+        first = b.mul(outer.index, span)
+        left = b.sub(blocks, first)
+        with cgutils.for_range(b, b.select(b.icmp_signed("<", left, span), left, span)) as inner:
+            one_block(b.add(first, inner.index), span_sums)
+        for at in o.each():
+            if room is None:
+                b.store(b.fadd(b.load(totals[at]), b.load(span_sums[at])), totals[at])
+            else:
+                e.store(b, b.load(span_sums[at]), e.offset(b, room, outer.index, 4 * ROWS))
+    if room is None:
+        _store(o, totals)
+
+
+def _store(o, totals):
+    b = o.b
+    out, stride, bias, rows = (
+        e.load_word(b, o.segment, word) for word in (R.S_OUT, R.S_OUT_STRIDE, R.S_BIAS, R.S_ROWS)
+    )
+    has_bias = b.icmp_signed("!=", bias, e.const(0))
+    for p in range(o.panels):
+        row = b.mul(e.offset(b, o.panel, p), e.const(ROWS))
+        added = cgutils.alloca_once(b, e.F32V)
+        b.store(ir.Constant(e.F32V, [0.0] * ROWS), added)
+        with b.if_then(has_bias):
+            b.store(e.load(b, e.offset(b, bias, row, 4), e.F32V), added)
+        for m in range(o.tokens):
+            at = b.add(e.offset(b, out, row, 4), b.mul(e.offset(b, o.token, m), stride))
+            e.store_rows(b, b.fadd(b.load(totals[p, m]), b.load(added)), at, b.sub(rows, row))
+
+
+def _quantised_tile(o, nf4, coded, exact):
+    """NF4 or int8 weights; int8 activations with a scale per block, or float32 ones."""
+    b = o.b
+    scales = _BlockScales(o, coded)
+    blocks = b.udiv(o.columns, e.const(BLOCK))
+    block_bytes = BLOCK * ROWS // (2 if nf4 else 1)
+    if not nf4:
+        table = None
+    elif exact:
+        table = isa.table_f32(b, o.table)
+    else:
+        table = e.load(b, o.table, e.BYTEV)
+
+    def one_block(block, span_sums):
+        packed = [
+            e.offset(b, o.values, b.add(b.mul(e.offset(b, o.panel, p), blocks), block), block_bytes)
+            for p in range(o.panels)
+        ]
+        sums = o.new(e.F32V if exact else e.I32V)
+        x_at = b.mul(block, e.const(BLOCK))
+        if exact:
+            o.fill(sums, ir.Constant(e.F32V, [0.0] * ROWS))
+            _float_products(o, sums, packed, x_at, nf4, table)
+        else:
+            for p, m in o.each():
+                start = _splat_bytes(b, e.offset(b, o.x_sums[m], block, 4)) if isa.WEIGHT_BIAS else None
+                b.store(start or e.constants([0] * ROWS, I32), sums[p, m])
+            _integer_products(o, sums, packed, x_at, nf4, table)
+        for p in range(o.panels):
+            scale = scales.load(p, blocks, block)
+            for m in range(o.tokens):
+                register = span_sums[p, m]
+                if exact:
+                    value, product = scale, b.load(sums[p, m])
+                else:
+                    x_scale = b.fmul(e.load(b, e.offset(b, o.x_scales[m], block, 4), F32), o.factor)
+                    value = b.fmul(scale, e.splat(b, x_scale, e.F32V))
+                    product = e.to_float(b, b.load(sums[p, m]))
+                b.store(e.fma(b, value, product, b.load(register)), register)
+
+    _accumulate(o, blocks, one_block)
+
+
+def _float_tile(o, bits):
+    """bfloat16 (16), float16 (17) or float32 (32) weights and float32 activations; any number of columns."""
+    b = o.b
+    size = 4 if bits == 32 else 2
+    blocks = b.udiv(b.add(o.columns, e.const(BLOCK - 1)), e.const(BLOCK))
+    panels = [e.offset(b, o.values, b.mul(e.offset(b, o.panel, p), o.columns), ROWS * size) for p in range(o.panels)]
+
+    def one_block(block, span_sums):
+        sums = o.new(e.F32V)
+        o.fill(sums, ir.Constant(e.F32V, [0.0] * ROWS))
+        first = b.mul(block, e.const(BLOCK))
+        left = b.sub(o.columns, first)
+        with cgutils.for_range(b, b.select(b.icmp_signed("<", left, e.const(BLOCK)), left, e.const(BLOCK))) as loop:
+            k = b.add(first, loop.index)
+            values = []
+            for p in range(o.panels):
+                at = e.offset(b, panels[p], k, ROWS * size)
+                if o.tokens == 1:
+                    _prefetch(b, at)
+                values.append(e.load_floats(b, at, bits))
+            for m in range(o.tokens):
+                x = e.splat(b, e.load(b, e.offset(b, o.x[m], k, 4), F32), e.F32V)
+                for p in range(o.panels):
+                    b.store(e.fma(b, values[p], x, b.load(sums[p, m])), sums[p, m])
+        for at in o.each():
+            b.store(b.fadd(b.load(span_sums[at]), b.load(sums[at])), span_sums[at])
+
+    _accumulate(o, blocks, one_block)
+
+
+def _emit_tile(b, panels, tokens, form, exact, addresses, spans=None):
+    o = _Operands(b, panels, tokens, *addresses, spans=spans)
+    if form in (NF4, NF4_SINGLE, INT8):
+        _quantised_tile(o, form != INT8, form == NF4, exact)
+    else:
+        _float_tile(o, {BF16: 16, F16: 17, FLOAT32: 32}[form])
+
+
+@intrinsic(prefer_literal=True)
+def tile(typing_context, panels, tokens, form, exact, record, segment, panel, token):
+    """Panels `panel`.. times tokens `token`.. of a segment; the first four arguments are constants."""
+    shape = [argument.literal_value for argument in (panels, tokens, form, exact)]
+
+    def codegen(context, builder, signature, args):
+        _emit_tile(builder, *shape, args[4:])
+        return context.get_dummy_value()
+
+    return types.void(panels, tokens, form, exact, *[types.int64] * 4), codegen
+
+
+@intrinsic(prefer_literal=True)
+def part(typing_context, form, exact, record, segment, panel, first, last, room):
+    """Spans `first` to `last` of one panel times the one token: their sums to `room`, one by one."""
+    shape = [argument.literal_value for argument in (form, exact)]
+
+    def codegen(context, builder, signature, args):
+        addresses = (*args[2:5], e.const(0))
+        _emit_tile(builder, 1, 1, *shape, addresses, spans=args[5:])
+        return context.get_dummy_value()
+
+    return types.void(form, exact, *[types.int64] * 6), codegen
