@@ -88,7 +88,8 @@ def _text(
     if args.threads:
         even = cost.balance(shown, args.threads, storage)
         lines.append(
-            f"  threads        {args.threads} share panels of {cost.PANEL_ROWS} rows: mean / largest share {even:.3f}"
+            f"  threads        {args.threads} share blocks of {cost.PANEL_ROWS} rows by 1024 features: "
+            f"mean / largest share {even:.3f}"
         )
     lines += [
         "",
