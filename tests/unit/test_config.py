@@ -193,3 +193,7 @@ def test_more_ranks_than_panels_are_refused_with_the_counts_that_work():
     model.program(Share(43, 44))
     with pytest.raises(LaunchError, match="1 to 44 ranks work"):
         model.program(Share(0, 45))
+
+
+def test_the_output_head_counts_as_a_weight():
+    assert read_config({**LLAMA, "vocab_size": 4096}).max_ranks == 4096 // 16

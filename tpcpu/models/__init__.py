@@ -13,7 +13,7 @@ from tpcpu.errors import ConfigError, LaunchError
 from tpcpu.models import llama, yuan
 from tpcpu.models.keys import shown
 from tpcpu.parallel.partition import Share
-from tpcpu.program.operations import Linear, Program
+from tpcpu.program.operations import Kind, Program
 
 
 class ModelConfig(Protocol):
@@ -67,12 +67,7 @@ class Model:
     def max_ranks(self) -> int:
         """Ranks beyond this would hold nothing of any weight."""
         whole = self._architecture.program(self.config, Share())
-        widest = max(
-            segment.weight.full_rows
-            for operation in whole.operations
-            if isinstance(operation, Linear)
-            for segment in operation.segments
-        )
+        widest = max(each.full_rows for each in whole.weights if each.kind.multiplies or each.kind is Kind.HEAD)
         return -(-widest // PANEL_ROWS)
 
     def is_optional(self, tensor: str) -> bool:
