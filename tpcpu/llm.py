@@ -5,7 +5,7 @@ every rank runs the same script and gets the same answers. Knows how these three
 `engine`, the ranks that a driver starts are in `ranks`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -15,7 +15,7 @@ from tpcpu.engine.engine import DEFAULT_CHUNK_TOKENS, DEFAULT_PAGE_TOKENS, Optio
 from tpcpu.engine.generation import Chunk, Completion
 from tpcpu.engine.local import Info, Local, Score
 from tpcpu.engine.progress import Progress
-from tpcpu.errors import LaunchError, UsageError
+from tpcpu.errors import LaunchError, PromptError, UsageError
 from tpcpu.models import read_config
 from tpcpu.parallel.communicator import AllReduceKind, connect
 from tpcpu.parallel.launcher import in_launcher
@@ -34,7 +34,7 @@ class Backend(Protocol):
     info: Info
     is_root: bool
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[Chunk]: ...
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]: ...
     def score(self, texts: Sequence[str], window: int | None) -> list[Score]: ...
     def close(self) -> None: ...
 
@@ -68,6 +68,8 @@ class LLM:
     ) -> None:
         options = Options(format, lm_head, exact, context, threads, chunk_tokens, page_tokens, kv_cache)
         self._backend: Backend
+        self._answer: Generator[Chunk, None, None] | None = None
+        self._closed = False
         if ranks in (None, "auto") and not in_launcher():
             ranks = Topology.detect().default_ranks()
         if ranks in (None, "auto", 1) or in_launcher():
@@ -97,28 +99,61 @@ class LLM:
         """What was loaded."""
         return self._backend.info
 
-    def generate(self, prompts: Sequence[Prompt] | str, params: SamplingParams | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt] | str | bytes, params: SamplingParams | None = None
+    ) -> list[Completion]:
         """Answers in the order of `prompts`: texts, lists of token ids, or lists of messages (role, content).
 
         Collective under a launcher. Raises PromptError and TextError for prompts that cannot be answered.
         """
-        several: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        several: Sequence[Prompt] = [prompts] if isinstance(prompts, (str, bytes)) else prompts
+        if any(isinstance(prompt, Mapping) for prompt in several):
+            raise PromptError("prompts: found a message by itself, expected lists of messages: [[{'role': ...}, ...]]")
         return [_last(self.stream(prompt, params)) for prompt in several]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
         """The answer chunk by chunk; the last chunk has the completion. Closing the iterator ends the answer.
 
-        Collective under a launcher, where ranks other than 0 see the chunks once the answer is complete.
+        There is one answer at a time: it ends when the next request begins, and asking for more of it then raises a
+        UsageError. Collective under a launcher, where ranks other than 0 see the chunks once the answer is complete.
         """
-        return self._backend.stream(prompt, params or SamplingParams())
+        self._refuse_closed()
+        return self._chunks(prompt, params or SamplingParams())
+
+    def _chunks(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
+        self._refuse_closed()
+        self._end_answer()
+        answer = self._answer = self._backend.stream(prompt, params)
+        try:
+            for chunk in answer:
+                yield chunk
+                if self._answer is not answer:
+                    raise UsageError("this answer ended when the next request began; take all of it first, or close it")
+        finally:
+            if self._answer is answer:
+                self._end_answer()
 
     def score(self, texts: Sequence[str], window: int | None = None) -> list[Score]:
         """The loss of each text by itself, truncated to `window` tokens; its first token is not scored. Collective."""
+        self._refuse_closed()
+        self._end_answer()
         return self._backend.score(texts, window)
 
     def close(self) -> None:
         """Lets go of memory, threads and ranks. May be called twice."""
-        self._backend.close()
+        if not self._closed:
+            self._closed = True
+            self._end_answer()
+            self._backend.close()
+
+    def _end_answer(self) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise UsageError("the model is closed; open it again with LLM(path)")
 
     def __enter__(self) -> Self:
         return self

@@ -1,68 +1,80 @@
 """The ranks that a driver starts: both ends of the socket between a plain Python process and rank 0.
 
-The driver listens on a Unix socket in a folder of its own and starts `mpiexec`, whose ranks run this module; rank 0
-connects. Either side sends JSON, one object a line. Requests are answered one at a time; while an answer streams, the
-driver may send `cancel`. When one side is gone, the other ends.
+The driver listens at an abstract Unix socket, which leaves no file behind, and starts `mpiexec`, whose ranks run this
+module; rank 0 connects. Either side sends JSON, one object a line. Requests are numbered and answered one at a time;
+whatever the driver sends while an answer streams ends that answer, and what had been sent of it is passed over. When
+one side is gone, the other ends.
 """
 
 import json
+import operator
 import os
+import secrets
 import select
 import socket
+import struct
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tpcpu import errors
 from tpcpu.engine.engine import Options
 from tpcpu.engine.generation import Chunk, Completion
 from tpcpu.engine.local import Info, Local, Score
 from tpcpu.engine.progress import Progress, Silent
-from tpcpu.errors import RankError, TpcpuError
+from tpcpu.errors import PromptError, RankError, TpcpuError
 from tpcpu.parallel import launcher
 from tpcpu.parallel.communicator import AllReduceKind, connect
 from tpcpu.sampling import SamplingParams
-from tpcpu.text import Prompt
+from tpcpu.text import Prompt, check_text
 
 _CONNECT_SECONDS = 120
 """For `mpiexec` and the interpreters to start; a cluster's file system may be slow."""
+
+_CLOSE_SECONDS = 10
+"""For the ranks to end by themselves, after the step that they are in."""
+
+_PACKAGE_PARENT = str(Path(__file__).parents[1])
+_STANDARD_ERROR = 2
 
 _Message = dict[str, Any]
 
 
 class _Lines:
-    """JSON objects over a socket, one a line."""
+    """JSON objects over a socket, one a line. An interrupted `receive` loses nothing."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._file = connection.makefile("rb")
+        self._received = bytearray()
 
     def send(self, message: _Message) -> None:
         self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> _Message | None:
         """The next message; None when the other side is gone."""
-        try:
-            line = self._file.readline()
-        except OSError:
-            return None
-        if not line.endswith(b"\n"):
-            return None
+        while (end := self._received.find(b"\n")) < 0:
+            try:
+                part = self._connection.recv(1 << 16)
+            except OSError:
+                return None
+            if not part:
+                return None
+            self._received += part
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
         message: _Message = json.loads(line)
         return message
 
     def waiting(self) -> bool:
-        """Whether something was sent, or the other side is gone. (Nothing is ever left in the file's buffer: the
-        driver sends one line and waits.)"""
-        return bool(select.select([self._connection], [], [], 0)[0])
+        """Whether something was sent, or the other side is gone."""
+        return bool(self._received) or bool(select.select([self._connection], [], [], 0)[0])
 
     def close(self) -> None:
-        self._file.close()
         self._connection.close()
 
 
@@ -77,7 +89,7 @@ class Remote:
         self._lines: _Lines | None = None
         self._progress = progress or Silent()
         self._job: launcher.Job | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="tpcpu-")
+        self._number = 0
         try:
             self._open(path, options, ranks, all_reduce)
         except BaseException:
@@ -85,12 +97,16 @@ class Remote:
             raise
 
     def _open(self, path: str | Path, options: Options, ranks: int, all_reduce: AllReduceKind) -> None:
-        address = os.path.join(self._folder.name, "ranks")
+        name = f"tpcpu-{secrets.token_hex(16)}"
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
+            listener.bind(f"\0{name}")
             listener.listen(1)
             listener.settimeout(0.05)
-            self._job = launcher.start(ranks, [sys.executable, "-m", "tpcpu.ranks", address, all_reduce])
+            # The ranks read nothing: mpiexec would take what is typed for the driver. What MPI has to say belongs
+            # beside the answer. -P: a file in this folder must not stand in for a module that the ranks import.
+            code = f"import sys; sys.path.insert(0, {_PACKAGE_PARENT!r}); from tpcpu import ranks; ranks.run()"
+            argv = [sys.executable, "-P", "-c", code, name, all_reduce]
+            self._job = launcher.start(ranks, argv, stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR)
             self._lines = _Lines(self._accept(listener))
         self._send({"path": str(path), "options": asdict(options)})
         while "ready" not in (message := self._receive()):
@@ -106,34 +122,29 @@ class Remote:
         while time.monotonic() < deadline:
             with suppress(TimeoutError):
                 connection = listener.accept()[0]
-                connection.settimeout(None)
-                return connection
+                if _peer(connection) == os.getuid():
+                    connection.settimeout(None)
+                    return connection
+                connection.close()
             if (code := self._job.poll()) is not None:
                 raise RankError(f"the ranks ended while starting, with exit code {code}; what they said is above")
         raise RankError(f"the ranks did not start within {_CONNECT_SECONDS} s; does mpiexec work on this machine?")
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
         self._send({"stream": _plain(prompt), "params": asdict(params)})
         finished = False
         try:
             while not finished:
                 message = self._receive()
                 finished = message["completion"] is not None
-                completion = Completion(**message["completion"]) if finished else None
-                yield Chunk(message["text"], message["id"], completion)
+                yield Chunk(message["text"], message["id"], _completion(message["completion"]) if finished else None)
         except TpcpuError:
             finished = True
             raise
         finally:
             if not finished:
-                self._cancel()
-
-    def _cancel(self) -> None:
-        """Ends an answer that nobody reads any more; what was already sent is passed over."""
-        with suppress(TpcpuError):
-            self._send({"cancel": True})
-            while "cancelled" not in self._receive():
-                pass
+                with suppress(TpcpuError):
+                    self._send({"cancel": True})
 
     def score(self, texts: Sequence[str], window: int | None) -> list[Score]:
         scores = []
@@ -149,122 +160,156 @@ class Remote:
             self._lines.close()
             self._lines = None
             if self._job is not None:
-                with suppress(Exception):
-                    self._job.wait(timeout=10)
+                with suppress(subprocess.TimeoutExpired):
+                    self._job.wait(timeout=_CLOSE_SECONDS)
         if self._job is not None:
             self._job.stop()
             self._job = None
-        self._folder.cleanup()
 
     def _send(self, message: _Message) -> None:
-        if self._lines is None:
-            raise RankError("the model is closed")
+        assert self._lines is not None
+        self._number += 1
         try:
-            self._lines.send(message)
+            self._lines.send({**message, "number": self._number})
         except OSError:
             self._gone()
 
     def _receive(self) -> _Message:
+        """The next message of the answer to what was sent last. Raises what rank 0 raised."""
         assert self._lines is not None
         message = self._lines.receive()
+        while message is not None and message["number"] != self._number:
+            message = self._lines.receive()  # the rest of an answer that was given up
         if message is None:
             self._gone()
-        elif "error" in message:
-            kind = getattr(errors, message["error"], RankError)
-            raise kind(message["message"])
-        assert message is not None
+        if "error" in message:
+            raise getattr(errors, message["error"], RankError)(message["message"])
         return message
 
-    def _gone(self) -> None:
+    def _gone(self) -> NoReturn:
         assert self._job is not None
         code = self._job.stop()
         raise RankError(f"the ranks ended unexpectedly, with exit code {code}; what they said is above")
 
 
+def _peer(connection: socket.socket) -> int:
+    """The user at the other end: an abstract name is there for all users of the host."""
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(user)
+
+
+def _completion(fields: _Message) -> Completion:
+    """As a rank in this process would give it: JSON has no tuples."""
+    pairs = fields["top_logits"]
+    fields["top_logits"] = None if pairs is None else [[tuple(pair) for pair in step] for step in pairs]
+    for step in fields["logprobs"] or ():
+        step["top"] = [tuple(pair) for pair in step["top"]]
+    return Completion(**fields)
+
+
 def _plain(prompt: Prompt) -> Any:
-    """A prompt as JSON carries it; numpy's integers become Python's."""
-    if isinstance(prompt, str):
-        return prompt
-    return [dict(part) if isinstance(part, Mapping) else int(part) for part in prompt]
+    """A prompt as JSON carries it; numpy's integers become Python's. Rank 0 judges what is in it."""
+    if isinstance(prompt, (str, bytes)):
+        return check_text(prompt)
+    if isinstance(prompt, Iterable):
+        plain: Any = [
+            dict(part) if isinstance(part, Mapping) else operator.index(part) if _is_integer(part) else part
+            for part in prompt
+        ]
+    else:
+        plain = prompt
+    try:
+        json.dumps(plain)
+    except (TypeError, ValueError):
+        raise PromptError(
+            f"prompt: found {type(prompt).__name__} of what is neither text nor numbers, expected a text, a list of "
+            f"token ids or a list of messages"
+        ) from None
+    return plain
 
 
-class _Reporter:
-    """Rank 0's progress, sent to the driver."""
+def _is_integer(part: object) -> bool:
+    return hasattr(part, "__index__") and not isinstance(part, bool)
+
+
+class _Root:
+    """Rank 0's end."""
 
     def __init__(self, lines: _Lines) -> None:
         self._lines = lines
+        self._number = 0
+
+    def receive(self) -> _Message | None:
+        """The next request; None when there will be none."""
+        request = self._lines.receive()
+        if request is None or "close" in request:
+            return None
+        self._number = request["number"]
+        return request
+
+    def answer(self, message: _Message) -> None:
+        self._lines.send({**message, "number": self._number})
+
+    def fail(self, problem: TpcpuError) -> None:
+        self.answer({"error": type(problem).__name__, "message": str(problem)})
 
     def say(self, line: str) -> None:
-        self._lines.send({"say": line})
+        """Progress of loading."""
+        self.answer({"say": line})
 
     def advance(self, done: int, total: int) -> None:
-        self._lines.send({"advance": [done, total]})
+        """Progress of loading."""
+        self.answer({"advance": [done, total]})
 
+    def serve(self, model: Local) -> None:
+        """Requests until the driver closes or is gone."""
+        while (request := self.receive()) is not None:
+            try:
+                if "score" in request:
+                    self.answer({"scored": asdict(model.losses(request["score"], request["window"]))})
+                elif "stream" in request:
+                    self._stream(model, request)
+            except TpcpuError as problem:
+                self.fail(problem)
 
-def _error(problem: TpcpuError) -> _Message:
-    return {"error": type(problem).__name__, "message": str(problem)}
-
-
-def _serve(lines: _Lines, model: Local) -> None:
-    """Rank 0: requests until the driver closes or is gone."""
-    while (request := lines.receive()) is not None and "close" not in request:
-        try:
-            if "score" in request:
-                lines.send({"scored": asdict(model.losses(request["score"], request["window"]))})
-            elif "stream" in request:
-                _stream(lines, model, request)
-            else:
-                # A cancel that crossed with the end of its answer.
-                lines.send({"cancelled": True})
-        except TpcpuError as problem:
-            lines.send(_error(problem))
-
-
-def _stream(lines: _Lines, model: Local, request: _Message) -> None:
-    for chunk in model.answer(request["stream"], SamplingParams(**request["params"])):
-        if lines.waiting():
-            # The driver cancels, or is gone: `_serve` finds out which.
-            return
-        lines.send(
-            {
-                "text": chunk.text,
-                "id": chunk.id,
-                "completion": None if chunk.completion is None else asdict(chunk.completion),
-            }
-        )
+    def _stream(self, model: Local, request: _Message) -> None:
+        for chunk in model.answer(request["stream"], SamplingParams(**request["params"])):
+            if self._lines.waiting():
+                # The driver wants something else, or is gone: `serve` finds out which.
+                return
+            completion = None if chunk.completion is None else asdict(chunk.completion)
+            self.answer({"text": chunk.text, "id": chunk.id, "completion": completion})
 
 
 def main(address: str, all_reduce: AllReduceKind) -> int:
     """What every started rank runs."""
     communicator = connect(all_reduce)
-    lines = None
+    root = None
     try:
         request: _Message | None = None
         if communicator.is_root:
             connection = socket.socket(socket.AF_UNIX)
-            connection.connect(address)
-            lines = _Lines(connection)
-            request = lines.receive()
+            connection.connect(f"\0{address}")
+            root = _Root(_Lines(connection))
+            request = root.receive()
         request = communicator.broadcast_object(request or {})
         if not request:
             return 0
-        model = Local(
-            request["path"], Options(**request["options"]), communicator, None if lines is None else _Reporter(lines)
-        )
-        if lines is None:
+        model = Local(request["path"], Options(**request["options"]), communicator, root)
+        if root is None:
             model.follow()
         else:
-            lines.send({"ready": asdict(model.info)})
+            root.answer({"ready": asdict(model.info)})
             try:
-                _serve(lines, model)
+                root.serve(model)
             finally:
                 model.release()
         model.close()
         return 0
     except TpcpuError as problem:
         # Raised on all ranks together: the driver tells it.
-        if lines is not None:
-            lines.send(_error(problem))
+        if root is not None:
+            root.fail(problem)
         return problem.exit_code
     except (BrokenPipeError, ConnectionResetError):
         # The driver is gone; the other ranks were released.
@@ -277,5 +322,6 @@ def main(address: str, all_reduce: AllReduceKind) -> int:
         communicator.abort(1)
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The program of a started rank."""
     sys.exit(main(sys.argv[1], sys.argv[2]))  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def _answer(llm: "LLM", messages: list[dict[str, str]], params: "SamplingParams"
             output.text(chunk.text)
     except KeyboardInterrupt:
         # Closing it tells the ranks.
-        chunks.close()  # type: ignore[attr-defined]
+        chunks.close()
         output.note("answer ended")
     output.text("\n")
     return "".join(said)

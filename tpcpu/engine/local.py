@@ -4,13 +4,14 @@ Knows which rank does what: rank 0 answers, the others follow, and all learn wha
 from, a script that every rank runs or a driver behind a socket, is for others to know.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tpcpu.engine import generation
 from tpcpu.engine.engine import Engine, Options
-from tpcpu.engine.generation import Chunk, Generator
+from tpcpu.engine.generation import Chunk
 from tpcpu.engine.progress import Progress
 from tpcpu.errors import RankError, TpcpuError
 from tpcpu.parallel.communicator import Communicator
@@ -51,7 +52,7 @@ class Local:
         self._communicator = communicator
         self.is_root = communicator.is_root
         self._engine = Engine(path, communicator, options, progress)
-        self._generator: Generator | None = None
+        self._generator: generation.Generator | None = None
         tokenizer: Tokenizer | None = None
         error: Exception | None = None
         if self.is_root:
@@ -59,7 +60,7 @@ class Local:
                 checkpoint = self._engine.checkpoint
                 assert checkpoint is not None
                 tokenizer = load_tokenizer(checkpoint.path, checkpoint.config, checkpoint.generation_config)
-                self._generator = Generator(self._engine, tokenizer)
+                self._generator = generation.Generator(self._engine, tokenizer)
             except TpcpuError as problem:
                 error = problem
         self._communicator.raise_together(error)
@@ -96,7 +97,7 @@ class Local:
         losses = self._generator.score(ids)
         return Score(sum(losses), len(losses))
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
         if self._communicator.size == 1:
             yield from self.answer(prompt, params)
             return
