@@ -158,8 +158,10 @@ class Engine:
 
     def follow(self) -> None:
         """The other ranks: run what rank 0 sends, until it releases them."""
-        while (message := self._receive()) is not None:
-            self._run(Batch.read(message))
+        assert self.team is not None
+        with self.team.placed():
+            while (message := self._receive()) is not None:
+                self._run(Batch.read(message))
 
     def release(self) -> None:
         """Rank 0: lets the others leave `follow`."""

@@ -10,7 +10,8 @@ import os
 import platform
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,8 @@ def aligned(words: int) -> NDArray[np.int64]:
 class Team:
     """`len(cpus)` threads, thread t on CPU `cpus[t]`; without `pinned` they run wherever the system likes.
 
-    `run` is not reentrant: one caller at a time, always the same thread.
+    `run` is not reentrant: one caller at a time. The caller belongs to the team while it runs and no longer: what it
+    does in between, and the threads that it starts, are its own affair.
     """
 
     def __init__(self, cpus: Sequence[int], *, pinned: bool = True, crowded: bool = False) -> None:
@@ -59,20 +61,35 @@ class Team:
         self._set(layout.IDLE_SPINS, SPINS_CROWDED if crowded else IDLE_SPINS)
         self._set(layout.FUTEX_CALL, _FUTEX_CALLS[platform.machine()])
         self._set(layout.TIMEOUT, SLEEP_SECONDS)
-        self._before = os.sched_getaffinity(0)
+        self._place = {cpus[0]} if pinned else None
         self._workers = [
             threading.Thread(target=self._work, args=(t, {cpu} if pinned else None), daemon=True, name=f"tpcpu-{t}")
             for t, cpu in enumerate(cpus[1:], start=1)
         ]
         for worker in self._workers:
             worker.start()
-        if pinned:
-            os.sched_setaffinity(0, {cpus[0]})
         atexit.register(_close, weakref.ref(self))
 
     def run(self, records: NDArray[np.int64]) -> None:
         """Walks the records (count, RECORD_WORDS); the last must end with a barrier."""
-        self._run(self.address, records.ctypes.data, len(records))
+        with self.placed():
+            self._run(self.address, records.ctypes.data, len(records))
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Inside, the calling thread is on its CPU; for callers that do nothing but run. About 5 us, next to nothing
+        when nested."""
+        before = os.sched_getaffinity(0) if self._place is not None else None
+        if before == self._place:
+            yield
+            return
+        assert before is not None
+        assert self._place is not None
+        os.sched_setaffinity(0, self._place)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
 
     def close(self) -> None:
         """Ends the workers; they are gone when this returns. May be called twice."""
@@ -82,7 +99,6 @@ class Team:
         self._wake(self.address, 0, 0)
         for worker in self._workers:
             worker.join(5 * SLEEP_SECONDS)
-        os.sched_setaffinity(0, self._before)
 
     def _work(self, thread: int, cpus: set[int] | None) -> None:
         if cpus is not None:
