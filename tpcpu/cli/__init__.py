@@ -23,7 +23,14 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name, None for the process's own. Returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    if code and (departure := sys.modules.get("tpcpu.parallel.departure")) is not None:
+        # Ranks that go on without this one would wait for ever.
+        departure.fail()
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()

@@ -1,7 +1,7 @@
 """Waking an idle rank on the same host: a datagram socket that it sleeps at.
 
-Knows abstract Unix sockets, which have no file to leave behind; knows nothing of MPI. The bell carries nothing: it only
-says that it is worth looking.
+Knows abstract Unix sockets, which have no file to leave behind; knows nothing of MPI. The bell carries no message: it
+says that it is worth looking, and how many messages there have been.
 """
 
 import contextlib
@@ -24,12 +24,14 @@ class Doorbell:
             self._socket.close()
             raise
         self._finalizer = weakref.finalize(self, self._socket.close)
+        self.count = 0
+        """The largest count that this bell was rung with."""
 
-    def ring(self, names: Iterable[str]) -> None:
+    def ring(self, names: Iterable[str], count: int = 0) -> None:
         """Ring the bells `names`; one that is not there, or has been rung often enough, is no error."""
         for name in names:
             with contextlib.suppress(OSError):
-                self._socket.sendto(b"", f"\0{name}")
+                self._socket.sendto(count.to_bytes(8, "little"), f"\0{name}")
 
     def wait(self, seconds: float) -> bool:
         """Sleep until the bell rings or `seconds` have passed; True if it rang, however often."""
@@ -37,7 +39,7 @@ class Doorbell:
             return False
         with contextlib.suppress(BlockingIOError):
             while True:
-                self._socket.recv(1)
+                self.count = max(self.count, int.from_bytes(self._socket.recv(8), "little"))
         return True
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import pickle
 import secrets
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -26,6 +27,7 @@ from mpi4py import MPI  # noqa: E402
 from tpcpu.errors import LaunchError  # noqa: E402
 from tpcpu.parallel.announcement import INTEL, MPICH, OPEN_MPI, SRUN, Announcement  # noqa: E402
 from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, check_counts  # noqa: E402
+from tpcpu.parallel.departure import Departure, begin  # noqa: E402
 from tpcpu.parallel.doorbell import Doorbell  # noqa: E402
 from tpcpu.parallel.lifeline import die_with_parent, parent_name  # noqa: E402
 from tpcpu.parallel.patience import Patience  # noqa: E402
@@ -55,10 +57,14 @@ class Mpi(Communicator):
         self.size = self._mpi.size
         self.all_reduce = self._all_reduce(all_reduce)
         self._patience = Patience()
+        self._departure: Departure | None = None
+        self._messages = 0
         self._meet()
         unlink_segments(mapped_segments() - foreign)
         self._patience = Patience(crowded=self.host_size > len(Topology.detect().cores))
         self._hang_bells()
+        self._departure = begin(MPI.COMM_WORLD.Dup, lambda rank: self._name([rank]), self.abort)
+        self._departure.called = self._called
 
     def broadcast(self, array: NDArray[Any]) -> None:
         """Overwrite `array` on every rank with rank 0's."""
@@ -89,15 +95,18 @@ class Mpi(Communicator):
     def send_message(self, array: NDArray[Any]) -> None:
         """Rank 0's side of the broadcast that the others sleep in."""
         assert self.is_root
+        assert self._departure is not None
+        self._departure.look_before_sending()
         request = self._mpi.Ibcast(_bytes(array), root=0)
-        self._bell.ring(self._sleepers)
+        self._messages += 1
+        self._bell.ring(self._sleepers, self._messages)
         self._wait(request)
 
     def wait_message(self, array: NDArray[Any]) -> None:
         """The others' side."""
         assert not self.is_root
-        bell = self._bell if self._is_rung else None
-        self._patience.wait(self._mpi.Ibcast(_bytes(array), root=0).Test, bell)
+        self._wait(self._mpi.Ibcast(_bytes(array), root=0), self._bell if self._is_rung else None)
+        self._messages += 1
 
     def broadcast_object(self, value: T | None) -> T:
         """Rank 0's `value`, pickled: its length first, then its bytes."""
@@ -127,8 +136,17 @@ class Mpi(Communicator):
         self._mpi.Abort(code)
         raise AssertionError("MPI_Abort returned")
 
-    def _wait(self, request: MPI.Request) -> None:
-        self._patience.wait(request.Test)
+    def _wait(self, request: MPI.Request, bell: Doorbell | None = None) -> None:
+        """Raises RankError where a rank has left that must have been waited for."""
+        self._patience.wait(request.Test, bell, None if self._departure is None else self._departure.look)
+
+    def _called(self, seconds: float) -> bool:
+        """Sleep that long, or until the bell rings; True if rank 0 has sent a message that this rank did not take."""
+        if not self._is_rung:
+            time.sleep(seconds)
+            return False
+        self._bell.wait(seconds)
+        return self._bell.count > self._messages
 
     def _meet(self) -> None:
         """Learn who is on which host: the first collective over all ranks, with which every host's segments exist."""

@@ -11,6 +11,8 @@ from tpcpu.parallel.doorbell import Doorbell
 
 # after this long without an answer the other side is idle, not busy
 _BUSY_SECONDS = 2e-3
+# a wait this long may be for something that never comes
+_LOOK_SECONDS = 0.5
 # without a bell, a sleep is this share of the time waited so far, so that it delays an answer by no more than that
 _SLEEP_SHARE = 0.01
 _LONGEST_SLEEP = 10e-3
@@ -31,13 +33,22 @@ class Patience:
         """Choose the length of the spin."""
         self._spin_seconds = 0.0 if crowded else 200e-6
 
-    def wait(self, done: Callable[[], bool], bell: Doorbell | None = None) -> None:
-        """Return as soon as `done()` is true, asleep at `bell` if there is one; signals are handled meanwhile."""
+    def wait(
+        self, done: Callable[[], bool], bell: Doorbell | None = None, look: Callable[[], None] | None = None
+    ) -> None:
+        """Return as soon as `done()` is true, asleep at `bell` if there is one; signals are handled meanwhile.
+
+        `look` is called now and then when it takes long, and ends the wait by raising.
+        """
         if done():
             return
-        start = time.monotonic()
+        start = looked = time.monotonic()
         while not done():
-            waited = time.monotonic() - start
+            now = time.monotonic()
+            waited = now - start
+            if look is not None and now - looked > _LOOK_SECONDS:
+                looked = now
+                look()
             if waited <= self._spin_seconds:
                 continue
             if waited <= _BUSY_SECONDS:
