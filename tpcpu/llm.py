@@ -5,7 +5,10 @@ every rank runs the same script and gets the same answers. Knows how these three
 `engine`, the ranks that a driver starts are in `ranks`.
 """
 
+import atexit
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -88,6 +91,9 @@ class LLM:
             with Checkpoint.open(path) as checkpoint:
                 read_config(checkpoint.config).program(Share(0, ranks))
             self._backend = Remote(path, options, ranks, all_reduce, progress)
+        # For a script that ends without closing its model.
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     @property
     def is_root(self) -> bool:
@@ -143,6 +149,7 @@ class LLM:
         """Lets go of memory, threads and ranks. May be called twice."""
         if not self._closed:
             self._closed = True
+            atexit.unregister(self._at_exit)
             self._end_answer()
             self._backend.close()
 
@@ -162,6 +169,12 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close(reference: "weakref.ref[LLM]") -> None:
+    llm = reference()
+    if llm is not None:
+        llm.close()
 
 
 def _last(chunks: Iterator[Chunk]) -> Completion:

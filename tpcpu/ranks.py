@@ -6,7 +6,6 @@ whatever the driver sends while an answer streams ends that answer, and what had
 one side is gone, the other ends.
 """
 
-import atexit
 import json
 import operator
 import os
@@ -17,11 +16,9 @@ import struct
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,8 +90,6 @@ class Remote:
         self._progress = progress or Silent()
         self._job: launcher.Job | None = None
         self._number = 0
-        self._at_exit = partial(_close, weakref.ref(self))
-        atexit.register(self._at_exit)
         try:
             self._open(path, options, ranks, all_reduce)
         except BaseException:
@@ -159,7 +154,6 @@ class Remote:
         return scores
 
     def close(self) -> None:
-        atexit.unregister(self._at_exit)
         if self._lines is not None:
             with suppress(OSError):
                 self._lines.send({"close": True})
@@ -196,13 +190,6 @@ class Remote:
         assert self._job is not None
         code = self._job.stop()
         raise RankError(f"the ranks ended unexpectedly, with exit code {code}; what they said is above")
-
-
-def _close(reference: "weakref.ref[Remote]") -> None:
-    """For a script that ends without having closed its model."""
-    remote = reference()
-    if remote is not None:
-        remote.close()
 
 
 def _peer(connection: socket.socket) -> int:

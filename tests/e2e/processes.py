@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tpcpu.parallel.segments import named_segments
@@ -93,17 +93,9 @@ class Family:
 
     def kill(self) -> None:
         for number in self.members():
-            with suppress_gone():
+            with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         self.process.communicate()
-
-
-@contextmanager
-def suppress_gone() -> Iterator[None]:
-    try:
-        yield
-    except ProcessLookupError:
-        pass
 
 
 @contextmanager

@@ -106,10 +106,13 @@ def test_the_next_request_ends_an_answer(llm):
 
 
 def test_ctrl_c_during_an_answer_leaves_a_model_that_answers(llm):
-    with pytest.raises(KeyboardInterrupt):
+    def interrupted() -> None:
         for number, _ in enumerate(llm.stream(STORY["prompt"], GREEDY)):
             if number == 3:
                 signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     (again,) = llm.generate(STORY["prompt"], SHORT)
     assert again.ids == STORY["greedy_ids"][:8]
 
