@@ -9,7 +9,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tpcpu.llm import LLM, Chunk, Completion
-    from tpcpu.quantize import quantize
     from tpcpu.sampling import SamplingParams
 
 _HOMES = {
@@ -17,10 +16,9 @@ _HOMES = {
     "Chunk": "tpcpu.llm",
     "Completion": "tpcpu.llm",
     "SamplingParams": "tpcpu.sampling",
-    "quantize": "tpcpu.quantize",
 }
 
-__all__ = ["LLM", "Chunk", "Completion", "SamplingParams", "quantize"]
+__all__ = ["LLM", "Chunk", "Completion", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

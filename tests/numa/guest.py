@@ -8,17 +8,22 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from tpcpu.engine.engine import Options
+from tpcpu.engine.local import Local
 from tpcpu.parallel import numa
 from tpcpu.parallel.communicator import Communicator, connect
 from tpcpu.parallel.topology import Topology
+from tpcpu.sampling import SamplingParams
 
 MARK = "FACTS "
 ARENA_BYTES = 64 << 20
+TOKENS = 8
 
 Facts = dict[str, Any]
 
@@ -72,10 +77,46 @@ def preferred_node(communicator: Communicator, topology: Topology) -> Facts:
     return {"accepted": accepted, "local": numa.locality(memory.address, memory.nbytes, node)}
 
 
+class Said:
+    """What loading told, as a terminal would show it."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        """One line about what happens now."""
+        self.lines.append(line)
+
+    def advance(self, done: int, total: int) -> None:
+        """Nothing is shown of bytes."""
+
+
+def loaded_models(communicator: Communicator, topology: Topology) -> Facts:  # noqa: ARG001
+    """The models of the folders in GUEST_MODELS: where each rank's weights came to be, and what they answer."""
+    facts = {}
+    for folder in os.environ["GUEST_MODELS"].split(":"):
+        said, begun = Said(), time.monotonic()
+        model = Local(folder, Options(format="nf4"), communicator, said)
+        loaded = time.monotonic()
+        chunks = list(model.stream(list(range(5, 15)), SamplingParams(max_tokens=TOKENS, ignore_eos=True)))
+        engine = model._engine
+        facts[folder] = {
+            "local": engine.locality,
+            "bytes": engine.arena.nbytes,
+            "cpus": engine.cpus,
+            "said": said.lines,
+            "ids": chunks[-1].completion.ids if chunks[-1].completion is not None else [],
+            "seconds": [round(loaded - begun, 1), round(time.monotonic() - loaded, 1)],
+        }
+        model.close()
+    return facts
+
+
 CHECKS: dict[str, Callable[[Communicator, Topology], Facts]] = {
     "topology": seen_topology,
     "arena": touched_arena,
     "preferred": preferred_node,
+    "models": loaded_models,
 }
 
 

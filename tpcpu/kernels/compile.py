@@ -29,8 +29,9 @@ _config: Any = numba.config  # its attributes are made at run time
 _SIGNATURE = types.void(types.int64, types.int64, types.int64)
 
 _chosen = isa.selected()
-if _chosen is not isa.available()[0]:
-    # A forced set must not meet instructions of the better one: the compiler gets an older CPU for its target.
+if isa.forced():
+    # A forced set must not meet instructions of a better one, and is compiled alike wherever it is forced: the compiler
+    # gets a CPU of that set for its target.
     _config.CPU_NAME = _chosen.cpu or "generic"
     _config.CPU_FEATURES = _chosen.features
 
@@ -125,14 +126,14 @@ def folder() -> Path:
     """Where compiled kernels are kept: `TPCPU_CACHE_DIR`, or the user's cache folder.
 
     Named after the sources with their place and time (numba compares these), the versions of numba and Python, and
-    the CPU: a home directory may be shared by unlike machines.
+    the compiler's target, which is this CPU where no set is forced: a home directory may be shared by unlike machines.
     """
     digest = hashlib.sha256()
     for source in _sources():
         digest.update(f"{source} {source.stat().st_mtime_ns}\n".encode())
         digest.update(source.read_bytes())
-    target = (numba.__version__, sys.version, _chosen.name, _config.CPU_NAME, *_host())
-    digest.update(repr(target).encode())
+    target = (_config.CPU_NAME, _config.CPU_FEATURES) if isa.forced() else _host()
+    digest.update(repr((numba.__version__, sys.version, _chosen.name, *target)).encode())
     root = os.environ.get("TPCPU_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tpcpu"
     path = Path(root).expanduser().absolute() / f"kernels-{_chosen.name}-{digest.hexdigest()[:16]}"
     path.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ class Isa:
     """Flags of /proc/cpuinfo."""
     cpu: str
     features: str
-    """LLVM's target when this set is forced on a CPU that could do more."""
+    """LLVM's target when this set is forced, so that nothing better is used on a CPU that has it."""
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -54,6 +54,11 @@ def available() -> tuple[Isa, ...]:
     """The sets that this CPU can run, best first."""
     flags = _cpu_flags()
     return tuple(isa for isa in ISAS if isa.needs <= flags)
+
+
+def forced() -> bool:
+    """Whether `TPCPU_ISA` names the set, for which the compiler's target is then fixed."""
+    return bool(os.environ.get("TPCPU_ISA"))
 
 
 @cache
