@@ -112,6 +112,7 @@ class Engine:
         here = communicator.host_ranks
         self.cpus = topology.cores_for(communicator.host_rank, communicator.host_size, [masks[rank] for rank in here])
         self._nodes = topology.nodes_of(self.cpus)
+        self._machine_nodes = len(topology.nodes)
         if threads is not None:
             self.cpus = [self.cpus[i % len(self.cpus)] for i in range(threads)]
         cpus_of = communicator.all_gather_object(self.cpus)
@@ -143,10 +144,10 @@ class Engine:
         return numa.locality(self.arena.address, self.arena.nbytes, self._nodes)
 
     def _report_locality(self) -> None:
-        """Where every rank's weights are, in rank order, for machines that have more than one place."""
+        """Where every rank's weights are, in rank order, on machines of more than one NUMA node."""
         line = numa.describe_locality(self.communicator.rank, self.locality, self.arena.nbytes, self._nodes)
         for each in self.communicator.all_gather_object(line):
-            if len(self._nodes) > 1 or self.communicator.size > 1 or each.startswith("warning"):
+            if self._machine_nodes > 1 or each.startswith("warning"):
                 self.progress.say(each)
 
     # Steps
