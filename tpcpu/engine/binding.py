@@ -13,6 +13,7 @@ from tpcpu.checkpoint import Checkpoint
 from tpcpu.errors import CheckpointError, UsageError
 from tpcpu.formats import int8, nf4
 from tpcpu.formats.floats import FLOATS
+from tpcpu.formats.tables import NF4_CODE
 from tpcpu.kernels import record as R
 from tpcpu.models import Model
 from tpcpu.program.operations import BLOCK, Kind, Program, Weight
@@ -105,6 +106,11 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, bool]:
     if nf4.is_stored(name, checkpoint.tensors):
         state = nf4.from_tensors(name, checkpoint.array, checkpoint.tensors)
         form, nested, shape = "nf4", state.nested, tuple(state.shape)
+        if not np.array_equal(state.code, NF4_CODE):
+            # Kernels have the published values built in.
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name}.quant_map does not hold the 16 values of NF4; quantise the model anew"
+            )
     elif int8.is_stored(name, checkpoint.tensors):
         form = "int8"
         int8.from_tensors(name, checkpoint.array, checkpoint.tensors)

@@ -47,6 +47,7 @@ class Loader:
         self._checkpoint, self._communicator, self._team = checkpoint, communicator, team
         self._progress = progress
         self._cpus = set(cpus)
+        self._multiplied: set[str] = set()
 
     def load(self, bindings: list[Binding]) -> tuple[Weights, Arena]:
         """The weights by name and kind, and the arena that holds the packed ones. Raises CheckpointError."""
@@ -57,6 +58,7 @@ class Loader:
         memory = arena(sum(sizes))
         packer = Packer(self._team, memory)
         weights: dict[tuple[str, Kind], Packed | Table | Vector] = {}
+        self._multiplied.update(binding.weight.name for binding in packed)
         total = sum(self._share_bytes(binding) for binding in bindings)
         done, error = 0, None
         # A thread inherits the affinity of the one that makes it, and this one may be pinned.
@@ -78,10 +80,20 @@ class Loader:
         if weight.kind is Kind.VECTOR:
             return self._vector(weight)
         if weight.kind is Kind.EMBEDDING:
-            return Table(self._checkpoint.array(weight.name), binding.form)
+            return self._table(binding)
         packed = packer.pack(weight, _Slicer(self._checkpoint, self._communicator, pool, binding).source())
         self._checkpoint.release(weight.name)
         return packed
+
+    def _table(self, binding: Binding) -> Table:
+        """The rows where they lie. The ranks look through them together, unless they do so for the head."""
+        name = binding.weight.name
+        rows = self._checkpoint.array(name)
+        if name not in self._multiplied:
+            part = Share(self._communicator.rank, self._communicator.size).split(len(rows))
+            _refuse_not_finite(self._checkpoint, name, rows[part.start : part.stop])
+            self._checkpoint.release(name)
+        return Table(rows, binding.form)
 
     def _share_bytes(self, binding: Binding) -> int:
         """Bytes of the checkpoint that this rank reads for a weight now; the embedding is read row by row, later."""
@@ -124,7 +136,9 @@ class _Slicer:
             whole = int8.from_tensors(name, get, names)
             if held != "int8":
                 return self._floats(int8.dequantize(whole))
-            return Source(R.INT8, whole.values[self._rows, self._slice()], whole.scales[self._rows, self._slice(BLOCK)])
+            scales = whole.scales[self._rows, self._slice(BLOCK)]
+            _refuse_not_finite(self._checkpoint, int8.scale_name(name), scales)
+            return Source(R.INT8, whole.values[self._rows, self._slice()], scales)
         array = self._checkpoint.array(name)
         match held:
             case "nf4":
@@ -144,8 +158,12 @@ class _Slicer:
         rows, columns = self._weight.full_rows, self._weight.full_columns
         codes = tensor.codes.reshape(rows, columns // 2)[self._rows, self._slice(2)]
         scales = tensor.absmax.reshape(rows, columns // BLOCK)[self._rows, self._slice(BLOCK)]
+        name = self._weight.name
         if not tensor.nested:
+            _refuse_not_finite(self._checkpoint, f"{name}.absmax", scales)
             return Source(R.NF4_SINGLE, codes, scales.view(np.float32))
+        _refuse_not_finite(self._checkpoint, f"{name}.nested_absmax", tensor.nested_absmax)
+        _refuse_not_finite(self._checkpoint, f"{name}.nested_quant_map", tensor.nested_code)
         return self._nested(codes, scales, tensor.nested_absmax, tensor.nested_code, float(tensor.offset))
 
     def _nested(
