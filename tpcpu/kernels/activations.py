@@ -24,6 +24,7 @@ from tpcpu.kernels.simd import vectors as v
 
 LANES = v.LANES
 BLOCK = R.BLOCK
+SMALLEST = float32(1e-36)
 WEIGHT_BIAS = instructions.WEIGHT_BIAS if instructions else 0
 
 
@@ -65,6 +66,8 @@ def _quantise(record, token, source, begin, end):
         for i in range(first + LANES, first + BLOCK, LANES):
             largest = v.maximum(largest, v.absolute(v.load(source + 4 * i)))
         peak = v.max_lanes(largest)
+        # A block so small that 127 / peak would overflow counts as zero.
+        peak = peak if peak > SMALLEST else float32(0.0)
         inverse = float32(127.0) / peak if peak > float32(0.0) else float32(0.0)
         factor = v.splat(inverse)
         total = v.zero_integers()

@@ -219,9 +219,17 @@ def _pieces(step, token):
     return load_i32(_word(step, R.POSITIONS) + 4 * token) // PIECE + 1
 
 
+def scratch_bytes(dim: int) -> int:
+    """What a thread needs: the scores of a piece, its sums, and the sums of the pieces before it."""
+    return 4 * (PIECE + 2 * ((dim + TILE - 1) // TILE * TILE + TILE))
+
+
+_scratch_bytes = helper(scratch_bytes)
+
+
 @helper
 def _scores(record, thread):
-    return _word(record, R.A_SCRATCH) + 4096 * thread
+    return _word(record, R.A_SCRATCH) + _scratch_bytes(_word(record, R.A_DIM)) * thread
 
 
 @helper
@@ -277,7 +285,6 @@ def attend_whole(half: int) -> Kernel:
         heads, dim = _word(record, R.A_Q_HEADS), _word(record, R.A_DIM)
         items = _word(step, R.TOKENS) * heads
         scores = _scores(record, thread)
-        # The scores of a piece, then its sums and those of the pieces before it: all within 4096 bytes.
         whole, part = scores + 4 * PIECE, scores + 4 * PIECE + 4 * (_rounded(dim) + TILE)
         for item in range(items * thread // threads, items * (thread + 1) // threads):
             token, head = item // heads, item % heads

@@ -22,6 +22,7 @@ import numba
 from numba import cfunc, njit, types
 from numba.core import codegen
 
+from tpcpu.errors import UsageError
 from tpcpu.kernels import isa
 
 _config: Any = numba.config  # its attributes are made at run time
@@ -127,6 +128,7 @@ def folder() -> Path:
 
     Named after the sources with their place and time (numba compares these), the versions of numba and Python, and
     the compiler's target, which is this CPU where no set is forced: a home directory may be shared by unlike machines.
+    Raises UsageError where it cannot be made.
     """
     digest = hashlib.sha256()
     for source in _sources():
@@ -136,7 +138,13 @@ def folder() -> Path:
     digest.update(repr((numba.__version__, sys.version, _chosen.name, *target)).encode())
     root = os.environ.get("TPCPU_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tpcpu"
     path = Path(root).expanduser().absolute() / f"kernels-{_chosen.name}-{digest.hexdigest()[:16]}"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{path.parent}: compiled kernels cannot be kept there ({error.strerror}); "
+            f"set TPCPU_CACHE_DIR to a folder that you may write to"
+        ) from error
     return path
 
 

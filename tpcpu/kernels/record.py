@@ -7,7 +7,8 @@ no compiler.
 BLOCK = 64
 """Weights that share a scale."""
 
-NF4, NF4_SINGLE, INT8, BF16, F16, FLOAT32 = range(6)
+FORMATS = 6
+NF4, NF4_SINGLE, INT8, BF16, F16, FLOAT32 = range(FORMATS)
 """Formats of packed weights. NF4_SINGLE has float32 scales, one per block, instead of doubly quantised ones."""
 
 FLOATS = (BF16, F16, FLOAT32)
@@ -44,7 +45,7 @@ PAGE_TOKENS = 11
 PIECES = 12
 """Pieces of 256 positions in the longest sequence of the batch."""
 RUN = 13
-"""Grows from step to step by the number of records, so that RUN + NUMBER is new for every record of every step."""
+"""From the team, so that RUN + NUMBER is larger in every record than in all that the team has walked before."""
 TEAM = 14
 """Address of the team."""
 STEP_WORDS = 16
@@ -141,7 +142,7 @@ A_PARTS = 29
 A_PART_TOKENS = 30
 """Pieces that there is room for, of each token and head."""
 A_SCRATCH = 31
-"""Memory for one piece's scores: 1024 bytes a thread."""
+"""Memory for one piece's scores and sums, `attention.scratch_bytes` a thread."""
 
 # Operands of a linear.
 X = 5

@@ -24,6 +24,7 @@ from tpcpu.kernels.team_layout import (
     IDLE_SPINS,
     JOB,
     LINE,
+    PUBLISHED,
     RECORD_COUNT,
     RELEASE,
     SLEEPERS,
@@ -136,3 +137,4 @@ def wake(team, _unused, _also_unused):
     for thread in range(load_i64(team + THREADS)):
         line = team + ARRIVALS + thread * LINE
         _syscall(load_i64(team + FUTEX_CALL), line, _FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
+        _syscall(load_i64(team + FUTEX_CALL), line + PUBLISHED, _FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)

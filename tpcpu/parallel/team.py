@@ -62,6 +62,7 @@ class Team:
         self._set(layout.FUTEX_CALL, _FUTEX_CALLS[platform.machine()])
         self._set(layout.TIMEOUT, SLEEP_SECONDS)
         self._place = {cpus[0]} if pinned else None
+        self._numbers = 0
         self._workers = [
             threading.Thread(target=self._work, args=(t, {cpu} if pinned else None), daemon=True, name=f"tpcpu-{t}")
             for t, cpu in enumerate(cpus[1:], start=1)
@@ -72,8 +73,17 @@ class Team:
 
     def run(self, records: NDArray[np.int64]) -> None:
         """Walks the records (count, RECORD_WORDS); the last must end with a barrier."""
+        self.walk(records.ctypes.data, len(records))
+
+    def number(self, count: int) -> int:
+        """The number before `count` new ones, larger than any that this team has given out."""
+        self._numbers += count
+        return self._numbers - count
+
+    def walk(self, address: int, count: int) -> None:
+        """As `run`, for records that lie at `address`: one call into compiled code."""
         with self.placed():
-            self._run(self.address, records.ctypes.data, len(records))
+            self._run(self.address, address, count)
 
     @contextmanager
     def placed(self) -> Iterator[None]:

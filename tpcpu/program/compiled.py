@@ -18,7 +18,7 @@ from tpcpu.kernels.isa import selected
 from tpcpu.parallel.communicator import AllReduce as AllReduceCall
 from tpcpu.parallel.team import Team, aligned
 from tpcpu.program.batch import Batch
-from tpcpu.program.lowering import Stage, reads, stages
+from tpcpu.program.lowering import Stage, stages
 from tpcpu.program.memory import Buffers, CacheMemory, Place, Records, last_uses, stride_bytes
 from tpcpu.program.operations import (
     BLOCK,
@@ -40,6 +40,7 @@ from tpcpu.program.operations import (
     Segment,
     ShortConv,
     Weight,
+    inputs,
 )
 from tpcpu.program.weights import PANEL_ROWS, Packed, Table, Vector, float_bits
 
@@ -92,14 +93,16 @@ class Compiled:
         aliases = {op.out.name: op.x.name for op in program.operations if isinstance(op, AllReduce)} if alone else {}
         integer = {id(op) for op in program.operations if self._is_integer(op)}
         planned = stages(program, integer, join=join)
-        used = [[buffer for op in stage.operations for buffer in reads(op)] for stage in planned]
+        used = [[buffer for op in stage.operations for buffer in inputs(op)] for stage in planned]
         self._buffers = Buffers(tokens, last_uses(used, aliases))
-        self._scores = self._buffers.take(4096 * team.threads)
+        largest = max((op.head_dim for op in program.operations if isinstance(op, Attention)), default=0)
+        self._scores = self._buffers.take(attention.scratch_bytes(largest) * team.threads)
         for number, stage in enumerate(planned):
             self._lower(stage)
             self._buffers.release(number)
         prepare(self._records.kernels, report)
         self._array = self._records.array()
+        self._walk = (self._array.ctypes.data, len(self._array))
         self.logits = self._logits_view()
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
@@ -119,9 +122,9 @@ class Compiled:
         step[R.PAGES] = batch.pages.ctypes.data
         step[R.PAGES_STRIDE] = 4 * batch.pages.shape[1]
         step[R.PAGE_TOKENS] = self._cache.page_tokens
-        step[R.RUN] += len(self._array)
+        step[R.RUN] = self._team.number(len(self._array))
         step[R.PIECES] = int(batch.positions.max()) // PIECE + 1
-        self._team.run(self._array)
+        self._team.walk(*self._walk)
         return self.logits[: len(batch.wanted)]
 
     # Lowering, operation by operation
@@ -229,10 +232,10 @@ class Compiled:
     def _scratch(self, columns: int) -> dict[int, int]:
         """Memory of each thread for one record: a decoded row, or the sums of a panel's spans.
 
-        Products without a barrier between them must not share it; four in a row never happen.
+        Products without a barrier between them must not share it: there are no more in a row than formats.
         """
         row = 4 * columns + BLOCK if PANEL_ROWS == 1 else 4 * PANEL_ROWS * (columns // (BLOCK * R.SPAN) + 1)
-        turn = self._records.count % 4
+        turn = self._records.count % R.FORMATS
         if (columns, turn) not in self._rooms:
             self._rooms[columns, turn] = self._buffers.take(row * self._team.threads)
         return {R.SCRATCH: self._rooms[columns, turn], R.SCRATCH_STRIDE: row, R.NUMBER: self._records.count + 1}

@@ -7,21 +7,7 @@ the two apart; tests hold each rule to that.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from tpcpu.program.operations import (
-    Add,
-    AllReduce,
-    Attention,
-    Buffer,
-    Embed,
-    Glu,
-    Linear,
-    Logits,
-    Operation,
-    Program,
-    RmsNorm,
-    RopeAndStore,
-    ShortConv,
-)
+from tpcpu.program.operations import Add, Linear, Operation, Program, RmsNorm
 
 
 @dataclass(frozen=True)
@@ -30,21 +16,6 @@ class Stage:
 
     operations: tuple[Operation, ...]
     rounded: bool = False
-
-
-def reads(operation: Operation) -> tuple[Buffer, ...]:
-    """The buffers that an operation reads."""
-    match operation:
-        case Embed():
-            return ()
-        case Add(x=x, y=y):
-            return (x, y)
-        case Glu(activated=x, linear=y):
-            return (x, y)
-        case RopeAndStore(q=q, k=k, v=v):
-            return (q.buffer, k.buffer, v.buffer)
-        case Attention(q=x) | RmsNorm(x=x) | Linear(x=x) | ShortConv(x=x) | AllReduce(x=x) | Logits(x=x):
-            return (x,)
 
 
 def stages(program: Program, integer: Collection[int], *, join: bool = True) -> list[Stage]:

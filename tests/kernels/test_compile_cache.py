@@ -1,0 +1,162 @@
+"""The cache of compiled kernels, seen from outside: processes that share a folder, and what the folder depends on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tpcpu.errors import UsageError
+from tpcpu.kernels import compile as compiling
+
+ROOT = Path(__file__).parents[2]
+
+COLD_SECONDS = 90
+"""What compiling all that Llama and Yuan need in NF4 may take, on two cores."""
+
+FIRST_STEP = """
+import json, sys, time
+import numpy as np
+begin = time.monotonic()
+from tpcpu.engine.engine import Engine, Options
+from tpcpu.parallel.communicator import Solo
+from tpcpu.program.batch import Batch
+class Told:
+    lines = []
+    def say(self, line): self.lines.append(line)
+    def advance(self, done, total): pass
+logits = []
+for name in sys.argv[2].split():
+    for exact in (False, True):
+        engine = Engine(f"tests/data/{name}", Solo(), Options(format=sys.argv[1], exact=exact, threads=2), Told())
+        sequence = engine.cache.begin()
+        engine.cache.reserve(sequence, 12)
+        for tokens, position in (([1, 2, 3], 0), ([4], 3), ([5, 6], 4)):
+            batch = Batch.build([(tokens, position, sequence.state, sequence.pages)], [len(tokens) - 1], candidates=0, vocabulary=9999)
+            logits.append(engine.step(batch)[0].logits)
+        engine.close()
+print(json.dumps({
+    "seconds": time.monotonic() - begin, "lines": Told.lines, "logits": np.concatenate(logits).tobytes().hex()
+}))
+"""
+
+
+def start(folder, form="nf4", models="llama-tiny yuan-tiny"):
+    """A process that loads models and runs a few steps, with its kernels in `folder`."""
+    environment = {**os.environ, "TPCPU_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", FIRST_STEP, form, models]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def contents(folder):
+    """Every file in the cache with its time and size; locks aside."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def test_processes_share_what_one_of_them_compiled(tmp_path):
+    """Two first starts at once, then a third process that finds everything: all with the same logits."""
+    first, second = [start(tmp_path), start(tmp_path)]
+    results = [finish(first), finish(second)]
+    assert max(result["seconds"] for result in results) < COLD_SECONDS
+    assert all(any("compiling" in line for line in result["lines"]) for result in results)
+    filled = contents(tmp_path)
+    assert any(name.endswith(".nbc") for name in filled)
+    third = finish(start(tmp_path))
+    assert not any("compil" in line for line in third["lines"])
+    assert contents(tmp_path) == filled
+    assert len({result["logits"] for result in (*results, third)}) == 1
+
+
+def test_what_a_killed_process_left_is_completed(tmp_path):
+    """A process that dies between two kernels leaves no lock, and nothing that is taken for whole."""
+    process = start(tmp_path, "bf16", "llama-tiny")
+    while not any(name.startswith("linear") for name in map(os.path.basename, contents(tmp_path))):
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    assert finish(start(tmp_path, "bf16", "llama-tiny"))["logits"]
+
+
+def test_any_change_of_any_source_changes_the_folder(tmp_path, monkeypatch):
+    """numba looks at the file of a function only, and kernels are made of helpers from other files."""
+    sources = compiling._sources()
+    assert {"linear.py", "memory.py", "emit.py", "avx2.py", "record.py"} <= {path.name for path in sources}
+    copy = tmp_path / "kernels"
+    shutil.copytree(Path(compiling.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(compiling, "__file__", str(copy / "compile.py"))
+    monkeypatch.setenv("TPCPU_CACHE_DIR", str(tmp_path / "cache"))
+    folder = compiling.folder.__wrapped__
+    seen = [folder()]
+    assert folder() == seen[0]
+    for path in sorted(copy.rglob("*.py")):
+        path.write_text(path.read_text() + "\n")
+        seen.append(folder())
+    assert len(set(seen)) == len(seen) == len(sources) + 1
+
+
+def test_the_folder_knows_cpu_and_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("TPCPU_CACHE_DIR", str(tmp_path))
+    folder = compiling.folder.__wrapped__
+    here = folder()
+    assert here.parent == tmp_path
+    assert compiling._chosen.name in here.name
+    monkeypatch.setattr(compiling, "_host", lambda: ("another-cpu", "+fewer,-features"))
+    assert folder() != here
+
+
+def test_the_users_own_cache_is_left_alone(tmp_path):
+    """numba's setting is the user's again after an import and after compiling, also where it was set on purpose."""
+    environment = {**os.environ, "TPCPU_CACHE_DIR": str(tmp_path / "ours"), "NUMBA_CACHE_DIR": str(tmp_path / "users")}
+    (tmp_path / "mine.py").write_text(OWN_FUNCTION)
+    environment["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "mine.py"], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    ours, users = (list((tmp_path / name).rglob("*.nbi")) for name in ("ours", "users"))
+    assert sorted(path.name.split("-")[0] for path in users) == ["mine.double", "mine.triple"]
+    assert ours
+    assert not any("mine" in path.name for path in ours)
+
+
+OWN_FUNCTION = """
+import os
+import numba
+
+@numba.njit("int64(int64)", cache=True)
+def double(x):
+    return 2 * x
+
+from tpcpu.kernels import quantize, team
+from tpcpu.kernels.compile import prepare
+prepare([team.wake])
+assert numba.config.CACHE_DIR == os.environ["NUMBA_CACHE_DIR"]
+
+@numba.njit("int64(int64)", cache=True)
+def triple(x):
+    return 3 * x
+
+assert double(2) + triple(2) == 10
+"""
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TPCPU_CACHE_DIR", str(tmp_path / "file" / "inside"))
+    with pytest.raises(UsageError, match="TPCPU_CACHE_DIR"):
+        compiling.folder.__wrapped__()

@@ -1,0 +1,90 @@
+"""Every instruction set that this machine can run gets the tests of this folder that compute, in a child process.
+
+A process has one set, chosen before anything compiles. The set of this process is tested by those modules themselves.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tpcpu.kernels.isa import available, selected
+
+ROOT = Path(__file__).parents[2]
+MODULES = ("linear", "activations", "attention", "company", "joining")
+OTHERS = [isa.name for isa in available() if isa is not selected()]
+RUNS = [(isa, module) for isa in OTHERS for module in MODULES]
+
+
+def python(*arguments: str, isa: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """A child with another instruction set."""
+    environment = {**os.environ, "TPCPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]]]:
+    """The children, two at a time: they compile for most of their lives, each on one core."""
+    pool = ThreadPoolExecutor(2)
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+    yield {
+        (isa, module): pool.submit(python, *arguments, f"tests/kernels/test_{module}.py", isa=isa, timeout=280)
+        for isa, module in RUNS
+    }
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(("isa", "module"), RUNS)
+def test_operations(runs, isa, module):
+    run = runs[isa, module].result()
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    summary = run.stdout.splitlines()[-1]
+    assert " passed" in summary
+    assert "skipped" not in summary
+
+
+@pytest.mark.parametrize("isa", [isa.name for isa in available()])
+def test_a_forced_set_is_the_one_that_is_used(isa):
+    """No wider register than the set's appears in what is compiled under it."""
+    run = python("-c", SHOW_REGISTERS, isa=isa, timeout=120)
+    assert run.returncode == 0, run.stderr
+    name, registers = run.stdout.split(maxsplit=1)
+    assert name == isa
+    widest = {"avx512_vnni": "zmm", "avx512": "zmm", "avx2": "ymm", "generic": "xmm"}[isa]
+    for register in ("zmm", "ymm", "xmm"):
+        if register == widest:
+            break
+        assert register not in registers
+    assert ("vpdpbusd" in registers) == (isa == "avx512_vnni")
+
+
+SHOW_REGISTERS = """
+import re
+from tpcpu.kernels import isa, record
+from tpcpu.kernels.compile import prepare
+if isa.selected().panel_rows == 1:
+    from tpcpu.kernels.linear_plain import linear
+else:
+    from tpcpu.kernels.linear import linear
+from numba import cfunc, types
+kernel = linear(record.INT8, False)
+made = cfunc(types.void(types.int64, types.int64, types.int64), error_model="numpy")(kernel._function)
+text = made._library.get_asm_str()
+print(isa.selected().name, *sorted(set(re.findall(r"[xyz]mm|vpdpbusd", text))))
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx1024", "AVX2", "neon"])
+def test_an_unknown_set_is_one_line(isa):
+    """A user's mistake: exit code 2 and no traceback."""
+    run = python("-m", "tpcpu", "quantize", "nowhere", "elsewhere", isa=isa)
+    assert run.returncode == 2, run.stderr
+    (line,) = run.stderr.strip().splitlines()
+    assert f"TPCPU_ISA={isa} is unknown" in line
+    assert "generic" in line
