@@ -35,7 +35,8 @@ for name in sys.argv[2].split():
         sequence = engine.cache.begin()
         engine.cache.reserve(sequence, 12)
         for tokens, position in (([1, 2, 3], 0), ([4], 3), ([5, 6], 4)):
-            batch = Batch.build([(tokens, position, sequence.state, sequence.pages)], [len(tokens) - 1], candidates=0, vocabulary=9999)
+            parts = [(tokens, position, sequence.state, sequence.pages)]
+            batch = Batch.build(parts, [len(tokens) - 1], candidates=0, vocabulary=9999)
             logits.append(engine.step(batch)[0].logits)
         engine.close()
 print(json.dumps({
