@@ -101,6 +101,8 @@ def measure(name: str, documents: Sequence[str], work: Path, torch: bool) -> dic
     for format_name, values in held.items():
         more, error = difference(values, bf16, tokens)
         result["formats"][format_name] = {"loss": sum(values) / sum(tokens), "difference": more, "error": error}
+    entry = result["formats"]["int4"]
+    entry["minus_nf4"], entry["minus_nf4_error"] = difference(held["int4"], held["nf4"], tokens)
     for format_name, folder in (("int8", source), ("nf4", nf4)):
         by_default = losses(folder, documents, format=format_name)[0]
         slowly = losses(folder, documents, format=format_name, exact=True)[0]
@@ -139,6 +141,8 @@ def main() -> int:
         print("| " + " | ".join(cells) + " |")
     print()
     for name in MODELS:
+        entry = found[name]["formats"]["int4"]
+        print(f"{name}: 4-bit integers − NF4 {entry['minus_nf4']:+.4f} ± {entry['minus_nf4_error']:.4f}")
         for row in ("int8", "nf4"):
             entry = found[name]["formats"][row]
             parts = [
