@@ -99,7 +99,7 @@ def test_json_is_the_last_line_and_adds_up(explained, config):
     [
         (("--ranks", "2", "--rank", "2"), UsageError, "0 to 1 work"),
         (("--rank", "-1"), UsageError, "--rank -1"),
-        (("--ranks", "10000000000"), LaunchError, "1 to 512 ranks work"),
+        (("--ranks", "10000000000"), LaunchError, "1 to 2000 ranks work"),
         (("--context", "9000"), UsageError, "1 to 8192 work"),
     ],
 )

@@ -48,7 +48,7 @@ def run(capsys, *arguments):
 
 @pytest.mark.parametrize(
     ("name", "parameters", "ranks"),
-    [("yuan-tiny", 8150016, 64), ("llama-tiny", 6524160, 44), ("stories260k", 260032, 11)],
+    [("yuan-tiny", 8150016, 260), ("llama-tiny", 6524160, 256), ("stories260k", 260032, 32)],
 )
 def test_bundled_models(name, parameters, ranks):
     found = describe(DATA / name)
@@ -117,9 +117,9 @@ def test_an_unknown_architecture_is_described_all_the_same(model, capsys):
 def test_text_and_json(capsys):
     text = run(capsys, DATA / "yuan-tiny")
     assert "8,150,016 parameters in 86 tensors, 16.30 MB in 2 files" in text
-    assert "ranks: 1 to 64 work" in text
+    assert "ranks: 1 to 260 work" in text
     result = json.loads(run(capsys, DATA / "yuan-tiny", "--json").splitlines()[-1])
-    assert result["ranks"] == 64
+    assert result["ranks"] == 260
     assert result["parameters_by_format"] == {"bf16": 8150016}
 
 
