@@ -15,10 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.numa import guest, machine
-from tpcpu import quantize
 from tpcpu.models import read_config
 from tpcpu.parallel import launcher
 from tpcpu.parallel.partition import Share
+from tpcpu.quantize import quantize
 
 pytestmark = pytest.mark.full
 
