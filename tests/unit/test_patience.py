@@ -24,7 +24,7 @@ def test_what_is_done_is_not_waited_for() -> None:
 def test_waiting_ends_soon_after_the_event(crowded: bool, seconds: float) -> None:
     event = time.monotonic() + seconds
     Patience(crowded).wait(lambda: time.monotonic() >= event)
-    assert time.monotonic() - event < 0.05
+    assert time.monotonic() - event < 0.25
 
 
 def test_waiting_at_a_bell_is_free_and_prompt() -> None:
@@ -40,7 +40,7 @@ def test_waiting_at_a_bell_is_free_and_prompt() -> None:
     started, used = time.monotonic(), time.thread_time()
     Patience().wait(done.is_set, other)
     assert time.thread_time() - used < 0.03
-    assert 0.5 < time.monotonic() - started < 0.9
+    assert 0.5 < time.monotonic() - started < 2
     timer.join()
     bell.close()
     other.close()
@@ -52,7 +52,7 @@ def test_a_ring_before_its_message_does_not_put_to_sleep_for_long() -> None:
     timer = threading.Timer(0.29, bell.ring, [[own]])
     timer.start()
     Patience().wait(lambda: time.monotonic() >= event, bell)
-    assert time.monotonic() - event < 0.1
+    assert time.monotonic() - event < 0.5
     timer.join()
     bell.close()
 
