@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tpcpu.formats.tables import NF4_CODE
 from tpcpu.kernels import activations, attention, exchange
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import prepare
@@ -53,16 +54,6 @@ Weights = Mapping[tuple[str, Kind], Packed | Table | Vector]
 
 FEW_TOKENS = 8
 """Up to so many tokens attention divides a head's cache over threads too."""
-
-# Values of the NF4 codes: Dettmers et al., 2023 (arXiv 2305.14314), as published in bitsandbytes.
-NF4_CODE = np.array(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ],
-    np.float32,
-)  # fmt: skip
 
 
 class Compiled:
