@@ -42,8 +42,6 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The dtypes whose tensors can be read; others may be in a file, and are an error only when asked for."""
 
-STORED_DTYPES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-
 
 @dataclass(frozen=True)
 class StoredTensor:

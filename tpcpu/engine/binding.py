@@ -4,7 +4,6 @@ Decides, before any memory is taken, in which format each weight will be held. K
 they are stored; reads no values.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,8 +147,3 @@ def _nothing_left_over(checkpoint: Checkpoint, model: Model, declared: set[str])
 def float_dtype(held: str) -> np.dtype[np.generic]:
     """The numpy dtype of a float format."""
     return FLOATS[{short: name for name, short in _TENSOR_DTYPES.items()}[held]]
-
-
-def elements(weight: Weight) -> int:
-    """Elements of the whole tensor."""
-    return math.prod(weight.full_shape)

@@ -4,7 +4,6 @@ Rank 0 calls `step`; the others are in `follow`, which runs the same batches unt
 step goes out, the candidates for the next tokens come back. Knows nothing of text and of requests.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,9 +251,3 @@ def _context(asked: int | None, model: Model) -> int:
     if not 1 <= asked <= most:
         raise UsageError(f"--context {asked} is impossible: the model was made for 1 to {most} positions")
     return asked
-
-
-def bits_per_weight(weights: list[Packed]) -> float:
-    """Bits of memory per weight, over `weights`."""
-    held = sum(weight.weight.size for weight in weights)
-    return 8 * sum(weight.nbytes for weight in weights) / held if held else math.nan

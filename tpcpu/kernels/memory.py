@@ -130,15 +130,6 @@ def exchange(typing_context, address, value):
 
 
 @intrinsic
-def store_release(typing_context, address, value):
-    def emit(context, builder, signature, args):
-        builder.store_atomic(args[1], pointer(builder, args[0], I64), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), emit
-
-
-@intrinsic
 def fetch_add(typing_context, address, value):
     def emit(context, builder, signature, args):
         return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "seq_cst")

@@ -32,7 +32,6 @@ intrinsic: Any = numba_intrinsic
 BF16 = 0
 F16 = 1
 F32 = 2
-ITEM_BYTES = {BF16: 2, F16: 2, F32: 4}
 
 BLOCK = 64
 GROUP = 256

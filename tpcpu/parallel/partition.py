@@ -4,16 +4,6 @@ Knows only counts. Shares are contiguous, as even as they go, and may be empty; 
 """
 
 from dataclasses import dataclass
-from enum import Enum
-
-
-class Partition(Enum):
-    """Which features of a weight are divided over the ranks."""
-
-    OUTPUT = "output"
-    INPUT = "input"
-    VOCAB = "vocab"
-    NONE = "none"
 
 
 @dataclass(frozen=True)

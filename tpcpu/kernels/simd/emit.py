@@ -13,7 +13,6 @@ LANES = selected().lanes
 F32V = ir.VectorType(F32, LANES)
 I32V = ir.VectorType(I32, LANES)
 BYTEV = ir.VectorType(I8, 4 * LANES)
-BOOLV = ir.VectorType(ir.IntType(1), LANES)
 
 
 def intrinsic_call(b, name, result, args):

@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from tpcpu.kernels.compile import helper
-from tpcpu.kernels.memory import I8, I16, I32
+from tpcpu.kernels.memory import I8, I32
 from tpcpu.kernels.simd import emit
 
 LANES = emit.LANES
@@ -97,16 +97,6 @@ def store(b, address, x):
 def store_first(b, address, x, count):
     """Stores the first `count` lanes, all if there are no more."""
     emit.store_rows(b, x, address, count)
-
-
-@_operation(types.void, types.int64, floats)
-def store_bf16(b, address, x):
-    """Rounds to the nearest bfloat16, ties to even; x is finite."""
-    bits = b.bitcast(x, emit.I32V)
-    odd = emit.low_bits(b, b.lshr(bits, emit.constants([16] * LANES, I32)), 1)
-    rounded = b.add(bits, b.add(odd, emit.constants([0x7FFF] * LANES, I32)))
-    halves = b.trunc(b.lshr(rounded, emit.constants([16] * LANES, I32)), ir.VectorType(I16, LANES))
-    emit.store(b, halves, address)
 
 
 @_operation(types.void, types.int64, integers)
