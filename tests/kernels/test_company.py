@@ -112,3 +112,34 @@ def test_company_does_not_matter(teams, form, exact):
     bound = bind(teams[0])
     bound.run((ids[:300], 0, 0), wanted=[])
     assert same_bits(bound.run((ids[300:310], 300, 0), wanted=[9, 4]), wanted[[309, 304]]), "few logits"
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("kv_of", [(0,) * 7, (1, 0, 1, 1, 0, 1, 1, 1), (0, 1, 2)], ids=["seven", "scattered", "alone"])
+def test_groups_of_heads_are_no_company(teams, kv_of, half):
+    """A head's result is the same bits beside the others of its group, in kernels for one, few and many tokens."""
+    dim, heads = 40, len(kv_of)
+    sources = FakeModel(1)
+    q, k, v = (sources.normal(VOCAB, n * dim) for n in (heads, max(kv_of) + 1, max(kv_of) + 1))
+
+    def attend(team, chosen, sizes, page_tokens):
+        model = FakeModel()
+        inputs = [model.inputs(x) for x in (np.hstack([q[:, dim * h : dim * (h + 1)] for h in chosen]), k, v)]
+        count = max(kv_of) + 1
+        rotated = model.rope_and_store(
+            *[Heads(x, n, dim, 0, dim) for x, n in zip(inputs, (len(chosen), count, count), strict=True)],
+            Rope(10000.0, dim),
+        )
+        part = tuple(kv_of[h] for h in chosen)
+        program = model.result(model.attention(rotated, Range(0, len(chosen)), len(chosen), part, dim**-0.5))
+        bound = Bound(
+            program, model.tensors, team, exact=True, half=half, tokens=300, context=LENGTH, page_tokens=page_tokens
+        )
+        ids = np.arange(LENGTH) * 7 % VOCAB
+        return np.concatenate([bound.run((ids[a:b], a, 0)) for a, b in chunks(sizes)])
+
+    wanted = np.hstack([attend(teams[0], [head], [1], 64) for head in range(heads)])
+    everyone = range(heads)
+    assert same_bits(attend(teams[2], everyone, [1], 16), wanted), "one token at a time"
+    assert same_bits(attend(teams[1], everyone, [5, 1, 8], 48), wanted), "few tokens"
+    assert same_bits(attend(teams[2], everyone, [300], 256), wanted), "many tokens"

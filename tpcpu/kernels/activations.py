@@ -1,7 +1,8 @@
 """What happens to activations between products: embedding, norms, gates, taps, and rounding to int8.
 
-A thread takes whole tokens when there are enough, else a slice of blocks of 64 features of each token. A norm's sum is
-computed by every thread that needs it, in one order: that is cheaper than meeting twice.
+Of several tokens a thread takes whole ones when there are enough, else a slice of blocks of 64 features of each. Of one
+token every thread makes a copy of its own of what a product reads next, rounded where it is to be: that is cheaper than
+waiting for one another. Beside it, it writes its slice of the features for those who read slices.
 """
 
 from numpy import float32
@@ -29,13 +30,13 @@ WEIGHT_BIAS = instructions.WEIGHT_BIAS if instructions else 0
 
 
 @helper
-def _word(record, word):
+def word(record, word):
     return load_i64(record + 8 * word)
 
 
 @helper
 def _tokens(record):
-    return _word(_word(record, R.STEP), R.TOKENS)
+    return word(word(record, R.STEP), R.TOKENS)
 
 
 @helper
@@ -47,7 +48,7 @@ def _token_share(tokens, thread, threads):
 
 
 @helper
-def _feature_share(tokens, width, thread, threads):
+def feature_share(tokens, width, thread, threads):
     """The features that this thread writes of each of its tokens, in whole blocks."""
     if tokens >= threads:
         return 0, width
@@ -56,11 +57,11 @@ def _feature_share(tokens, width, thread, threads):
 
 
 @helper
-def _quantise(record, token, source, begin, end):
-    """Rounds features `begin` to `end` of a token to int8, one scale per block: the largest becomes 127."""
-    q = _word(record, R.Q) + token * _word(record, R.Q_STRIDE)
-    scales = _word(record, R.Q_SCALES) + token * _word(record, R.Q_SCALES_STRIDE)
-    sums = _word(record, R.Q_SUMS) + token * _word(record, R.Q_SCALES_STRIDE)
+def round_to_int8(record, row, source, begin, end):
+    """Rounds features `begin` to `end` at `source` to int8, one scale per block: the largest becomes 127."""
+    q = word(record, R.Q) + row * word(record, R.Q_STRIDE)
+    scales = word(record, R.Q_SCALES) + row * word(record, R.Q_SCALES_STRIDE)
+    sums = word(record, R.Q_SUMS) + row * word(record, R.Q_SCALES_STRIDE)
     for first in range(begin, end, BLOCK):
         largest = v.absolute(v.load(source + 4 * first))
         for i in range(first + LANES, first + BLOCK, LANES):
@@ -80,6 +81,32 @@ def _quantise(record, token, source, begin, end):
         store_i32(sums + 4 * block, -WEIGHT_BIAS * v.sum_lanes_integers(total))
 
 
+@helper
+def copy(record, thread):
+    """A thread's own copy of the result."""
+    return word(record, R.ROW) + thread * word(record, R.ROW_STRIDE)
+
+
+@helper
+def finish_copy(record, thread, width):
+    """What follows the features up to a whole block is zero; then the copy is rounded where asked."""
+    own = copy(record, thread)
+    blocks = (width + BLOCK - 1) // BLOCK * BLOCK
+    for i in range(width, blocks):
+        store_f32(own + 4 * i, float32(0.0))
+    if word(record, R.Q):
+        round_to_int8(record, thread, own, 0, blocks)
+
+
+@helper
+def _store_slice(record, own, thread, threads, width):
+    """Writes this thread's features of its copy to the one token of `OUT`."""
+    first, last = feature_share(1, width, thread, threads)
+    out = word(record, R.OUT)
+    for i in range(first, last, LANES):
+        v.store(out + 4 * i, v.load(own + 4 * i))
+
+
 @kernel("nothing")
 def nothing(_record, _thread, _threads):
     """For a class of token counts in which an operation has no second part."""
@@ -89,12 +116,12 @@ def nothing(_record, _thread, _threads):
 def embed(record, thread, threads):
     """out = the stored row of each token, as float32."""
     begin, end = _token_share(_tokens(record), thread, threads)
-    first, last = _feature_share(_tokens(record), _word(record, R.WIDTH), thread, threads)
-    ids = _word(_word(record, R.STEP), R.TOKEN_IDS)
-    element = _word(record, R.ELEMENT)
+    first, last = feature_share(_tokens(record), word(record, R.WIDTH), thread, threads)
+    ids = word(word(record, R.STEP), R.TOKEN_IDS)
+    element = word(record, R.ELEMENT)
     for token in range(begin, end):
-        row = _word(record, R.IN) + load_i32(ids + 4 * token) * _word(record, R.IN_STRIDE)
-        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE)
+        row = word(record, R.IN) + load_i32(ids + 4 * token) * word(record, R.IN_STRIDE)
+        out = word(record, R.OUT) + token * word(record, R.OUT_STRIDE)
         whole = first + (last - first) // LANES * LANES
         for i in range(first, whole, LANES):
             if element == R.FLOAT32:
@@ -116,18 +143,25 @@ def embed(record, thread, threads):
 @kernel("select")
 def select(record, thread, threads):
     """Copies the rows of the tokens that need logits, and rounds them to int8 where asked."""
-    step = _word(record, R.STEP)
-    wanted, ids = _word(step, R.WANTED), _word(step, R.WANTED_IDS)
-    width = _word(record, R.WIDTH)
+    step = word(record, R.STEP)
+    wanted, ids = word(step, R.WANTED), word(step, R.WANTED_IDS)
+    width = word(record, R.WIDTH)
     begin, end = _token_share(wanted, thread, threads)
-    first, last = _feature_share(wanted, width, thread, threads)
+    first, last = feature_share(wanted, width, thread, threads)
     for i in range(begin, end):
-        source = _word(record, R.IN) + load_i32(ids + 4 * i) * _word(record, R.IN_STRIDE)
-        out = _word(record, R.OUT) + i * _word(record, R.OUT_STRIDE)
+        source = word(record, R.IN) + load_i32(ids + 4 * i) * word(record, R.IN_STRIDE)
+        out = word(record, R.OUT) + i * word(record, R.OUT_STRIDE)
         for k in range(first, last, LANES):
             v.store(out + 4 * k, v.load(source + 4 * k))
-        if _word(record, R.Q):
-            _quantise(record, i, out, first, last)
+        if word(record, R.Q):
+            round_to_int8(record, i, out, first, last)
+
+
+@kernel("quantise-one")
+def quantise_one(record, thread, _threads):
+    """Rounds the one token to int8, every thread for itself."""
+    blocks = (word(record, R.WIDTH) + BLOCK - 1) // BLOCK * BLOCK
+    round_to_int8(record, thread, word(record, R.IN), 0, blocks)
 
 
 @kernel("quantise")
@@ -135,18 +169,18 @@ def quantise(record, thread, threads):
     """Rounds activations to int8."""
     tokens = _tokens(record)
     begin, end = _token_share(tokens, thread, threads)
-    first, last = _feature_share(tokens, _word(record, R.WIDTH), thread, threads)
+    first, last = feature_share(tokens, word(record, R.WIDTH), thread, threads)
     for token in range(begin, end):
-        _quantise(record, token, _word(record, R.IN) + token * _word(record, R.IN_STRIDE), first, last)
+        round_to_int8(record, token, word(record, R.IN) + token * word(record, R.IN_STRIDE), first, last)
 
 
 @helper
 def _add_row(record, token, begin, end):
     """total = x + y + bias for some features of a token."""
-    x = _word(record, R.IN) + token * _word(record, R.IN_STRIDE)
-    y = _word(record, R.SECOND) + token * _word(record, R.SECOND_STRIDE)
-    total = _word(record, R.TOTAL) + token * _word(record, R.TOTAL_STRIDE)
-    bias = _word(record, R.BIAS)
+    x = word(record, R.IN) + token * word(record, R.IN_STRIDE)
+    y = word(record, R.SECOND) + token * word(record, R.SECOND_STRIDE)
+    total = word(record, R.TOTAL) + token * word(record, R.TOTAL_STRIDE)
+    bias = word(record, R.BIAS)
     for i in range(begin, end, LANES):
         value = v.add(v.load(x + 4 * i), v.load(y + 4 * i))
         if bias:
@@ -159,7 +193,7 @@ def add(record, thread, threads):
     """total = x + y + bias"""
     tokens = _tokens(record)
     begin, end = _token_share(tokens, thread, threads)
-    first, last = _feature_share(tokens, _word(record, R.WIDTH), thread, threads)
+    first, last = feature_share(tokens, word(record, R.WIDTH), thread, threads)
     for token in range(begin, end):
         _add_row(record, token, first, last)
 
@@ -175,105 +209,116 @@ def _squared(x, y, bias, i):
     return value
 
 
+@helper
+def _norm_factor(record, x, y, bias, width):
+    """1 / sqrt(mean(x^2) + eps) in every lane, where x may be x + y + bias."""
+    # Two sums hide the latency of the addition; what lies behind the last feature is zero.
+    even = v.splat(float32(0.0))
+    odd = even
+    for i in range(0, width, 2 * LANES):
+        value = _squared(x, y, bias, i)
+        even = v.fma(value, value, even)
+        value = _squared(x, y, bias, i + LANES)
+        odd = v.fma(value, value, odd)
+    mean = v.sum_lanes(v.add(even, odd)) / float32(width)
+    return v.splat(float32(1.0) / square_root(mean + float_bits(word(record, R.EPS))))
+
+
 @kernel("rms-norm")
 def rms_norm(record, thread, threads):
     """out = weight * x / sqrt(mean(x^2) + eps), where x may be the sum of two inputs and a bias, kept as `TOTAL`.
 
     The result is rounded to int8 as well where asked.
     """
-    tokens, width = _tokens(record), _word(record, R.WIDTH)
+    tokens, width = _tokens(record), word(record, R.WIDTH)
     begin, end = _token_share(tokens, thread, threads)
-    first, last = _feature_share(tokens, width, thread, threads)
-    weight, bias = _word(record, R.WEIGHT), _word(record, R.BIAS)
-    eps = float_bits(_word(record, R.EPS))
+    first, last = feature_share(tokens, width, thread, threads)
+    weight, bias = word(record, R.WEIGHT), word(record, R.BIAS)
     for token in range(begin, end):
-        x = _word(record, R.IN) + token * _word(record, R.IN_STRIDE)
-        y = _word(record, R.SECOND)
+        x = word(record, R.IN) + token * word(record, R.IN_STRIDE)
+        y = word(record, R.SECOND)
         if y:
-            y += token * _word(record, R.SECOND_STRIDE)
-        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE)
-        # Two sums hide the latency of the addition; what lies behind the last feature is zero.
-        even = v.splat(float32(0.0))
-        odd = even
-        for i in range(0, width, 2 * LANES):
-            value = _squared(x, y, bias, i)
-            even = v.fma(value, value, even)
-            value = _squared(x, y, bias, i + LANES)
-            odd = v.fma(value, value, odd)
-        mean = v.sum_lanes(v.add(even, odd)) / float32(width)
-        factor = v.splat(float32(1.0) / square_root(mean + eps))
+            y += token * word(record, R.SECOND_STRIDE)
+        out = word(record, R.OUT) + token * word(record, R.OUT_STRIDE)
+        factor = _norm_factor(record, x, y, bias, width)
         for i in range(first, last, LANES):
             value = _squared(x, y, bias, i)
             if y:
-                v.store(_word(record, R.TOTAL) + token * _word(record, R.TOTAL_STRIDE) + 4 * i, value)
+                v.store(word(record, R.TOTAL) + token * word(record, R.TOTAL_STRIDE) + 4 * i, value)
             v.store(out + 4 * i, v.mul(v.load(weight + 4 * i), v.mul(value, factor)))
-        if _word(record, R.Q):
-            _quantise(record, token, out, first, last)
+        if word(record, R.Q):
+            round_to_int8(record, token, out, first, last)
+
+
+@kernel("rms-norm-one")
+def rms_norm_one(record, thread, threads):
+    """As `rms_norm`, for one token: every thread has the whole result, rounded where asked, and writes its slice."""
+    width = word(record, R.WIDTH)
+    weight, bias = word(record, R.WEIGHT), word(record, R.BIAS)
+    x, y = word(record, R.IN), word(record, R.SECOND)
+    own = copy(record, thread)
+    factor = _norm_factor(record, x, y, bias, width)
+    for i in range(0, width, LANES):
+        v.store(own + 4 * i, v.mul(v.load(weight + 4 * i), v.mul(_squared(x, y, bias, i), factor)))
+    if y:
+        first, last = feature_share(1, width, thread, threads)
+        for i in range(first, last, LANES):
+            v.store(word(record, R.TOTAL) + 4 * i, _squared(x, y, bias, i))
+    finish_copy(record, thread, width)
+    _store_slice(record, own, thread, threads, width)
+
+
+@helper
+def _gated(x, y, out, first, last):
+    """out = silu(x) * y for some features of a token."""
+    one = v.splat(float32(1.0))
+    zero = v.splat(float32(0.0))
+    for i in range(first, last, LANES):
+        gate = v.load(x + 4 * i)
+        silu = v.div(gate, v.add(one, v.exp(v.sub(zero, gate))))
+        v.store(out + 4 * i, v.mul(silu, v.load(y + 4 * i)))
 
 
 @kernel("glu")
 def glu(record, thread, threads):
-    """out = silu(x) * y. The features may lie anywhere inside the blocks of `out` that cover them."""
-    tokens, width = _tokens(record), _word(record, R.WIDTH)
-    begin, end = _token_share(tokens, thread, threads)
-    first, last = _feature_share(tokens, width, thread, threads)
-    one = v.splat(float32(1.0))
-    zero = v.splat(float32(0.0))
-    for token in range(begin, end):
-        x = _word(record, R.IN) + token * _word(record, R.IN_STRIDE)
-        y = _word(record, R.SECOND) + token * _word(record, R.SECOND_STRIDE)
-        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE)
-        for i in range(first, last, LANES):
-            gate = v.load(x + 4 * i)
-            silu = v.div(gate, v.add(one, v.exp(v.sub(zero, gate))))
-            v.store(out + 4 * i, v.mul(silu, v.load(y + 4 * i)))
+    """out = silu(x) * y. The features may lie anywhere inside the blocks of `out` that cover them.
 
-
-@kernel("taps")
-def taps(record, thread, threads):
-    """Interleaves each token's features with those of the token before it, as a convolution's taps are stored.
-
-    The token before a batch is in the state of the sequence, which keeps the last one; before a sequence is zero.
-    A thread takes the same features of every token, so that it reads a state before it writes it.
+    The result is rounded to int8 as well where asked, which its whole blocks allow.
     """
-    step = _word(record, R.STEP)
-    tokens, width = _word(step, R.TOKENS), _word(record, R.WIDTH)
-    blocks = (2 * width + BLOCK - 1) // BLOCK
-    first = blocks * thread // threads * (BLOCK // 2)
-    last = min(blocks * (thread + 1) // threads * (BLOCK // 2), width)
-    for token in range(tokens):
-        start = load_i32(_word(step, R.FIRSTS) + 4 * token)
-        sequence = load_i32(_word(step, R.SEQUENCES) + 4 * token)
-        place = load_i32(_word(step, R.STATES) + 4 * sequence)
-        state = _word(record, R.STATE) + place * _word(record, R.STATE_STRIDE)
-        x = _word(record, R.IN) + token * _word(record, R.IN_STRIDE)
-        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE)
-        before = x - _word(record, R.IN_STRIDE) if start < token else state
-        at_start = load_i32(_word(step, R.POSITIONS) + 4 * token) == 0
-        for i in range(first, last):
-            store_f32(out + 8 * i, float32(0.0) if at_start else load_f32(before + 4 * i))
-            store_f32(out + 8 * i + 4, load_f32(x + 4 * i))
-        ends = token + 1 == tokens or load_i32(_word(step, R.FIRSTS) + 4 * (token + 1)) == token + 1
-        if ends:
-            for i in range(first, last):
-                store_f32(state + 4 * i, load_f32(x + 4 * i))
-        if _word(record, R.Q):
-            _quantise(record, token, out, 2 * first, 2 * last)
+    tokens, width = _tokens(record), word(record, R.WIDTH)
+    begin, end = _token_share(tokens, thread, threads)
+    first, last = feature_share(tokens, width, thread, threads)
+    for token in range(begin, end):
+        x = word(record, R.IN) + token * word(record, R.IN_STRIDE)
+        y = word(record, R.SECOND) + token * word(record, R.SECOND_STRIDE)
+        out = word(record, R.OUT) + token * word(record, R.OUT_STRIDE)
+        _gated(x, y, out, first, last)
+        if word(record, R.Q):
+            round_to_int8(record, token, out, first, last)
+
+
+@kernel("glu-one")
+def glu_one(record, thread, threads):
+    """As `glu`, for one token: every thread has the whole result, rounded where asked, and writes its slice."""
+    width, own = word(record, R.WIDTH), copy(record, thread)
+    _gated(word(record, R.IN), word(record, R.SECOND), own, 0, width)
+    finish_copy(record, thread, width)
+    _store_slice(record, own, thread, threads, width)
 
 
 @kernel("sum-parts")
 def sum_parts(record, thread, threads):
     """out = the parts of all ranks, added in rank order."""
-    tokens, width = _tokens(record), _word(record, R.WIDTH)
+    tokens, width = _tokens(record), word(record, R.WIDTH)
     begin, end = _token_share(tokens, thread, threads)
-    first, last = _feature_share(tokens, width, thread, threads)
+    first, last = feature_share(tokens, width, thread, threads)
     # A message holds the tokens of the batch and no more.
-    part_bytes = tokens * _word(record, R.IN_STRIDE)
+    part_bytes = tokens * word(record, R.IN_STRIDE)
     for token in range(begin, end):
-        x = _word(record, R.IN) + token * _word(record, R.IN_STRIDE)
-        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE)
+        x = word(record, R.IN) + token * word(record, R.IN_STRIDE)
+        out = word(record, R.OUT) + token * word(record, R.OUT_STRIDE)
         for i in range(first, last, LANES):
             value = v.load(x + 4 * i)
-            for part in range(1, _word(record, R.PARTS)):
+            for part in range(1, word(record, R.PARTS)):
                 value = v.add(value, v.load(x + part * part_bytes + 4 * i))
             v.store(out + 4 * i, value)

@@ -1,6 +1,6 @@
 """Products of packed weights with the activations of one or more tokens: which thread computes which tiles.
 
-Knows panels, spans and threads; the arithmetic is in `tiles.py`. Threads divide the panels for many tokens. For one
+Knows panels, spans and threads; the arithmetic is in `tiles.py`. Threads divide the panels for several tokens. For one
 token they divide the spans of all panels: shares are then even whatever the shape. A panel that crosses from one thread
 to the next is joined by the thread that began it; the others publish their sums first of all, so that it need hardly
 wait. The order of sums is that of a tile that has the whole panel.
@@ -17,7 +17,7 @@ from tpcpu.kernels.record import BLOCK, FLOATS
 from tpcpu.kernels.simd import vectors as v
 from tpcpu.kernels.team import post, wait
 from tpcpu.kernels.team_layout import ARRIVALS, LINE, PUBLISHED, SPINS
-from tpcpu.kernels.tiles import ROWS, part, tile
+from tpcpu.kernels.tiles import PREFETCH, ROWS, part, tile, tile_of_one
 
 
 @helper
@@ -49,7 +49,7 @@ def _join(record, panel, spans, room):
     bias = load_i64(segment + 8 * R.S_BIAS)
     if bias:
         total = v.add(total, v.load(bias + 4 * row))
-    v.store_first(load_i64(segment + 8 * R.S_OUT) + 4 * row, total, load_i64(segment + 8 * R.S_ROWS) - row)
+    v.store_first(load_i64(segment + 8 * R.S_OUT_ONE) + 4 * row, total, load_i64(segment + 8 * R.S_ROWS) - row)
 
 
 @helper
@@ -86,14 +86,23 @@ def _await_parts(record, thread, threads, units, stop):
     return True
 
 
-def _make(form, exact, wide, tall):
-    """A kernel: `wide` panels for one token, one panel (two in exact arithmetic) for `tall` tokens at a time."""
-    beside = 2 if exact else 1
+@cache
+def linear_of_one(form: int, exact: bool) -> Kernel:
+    """The kernel for steps of one token and weights of a format.
+
+    Its activations may lie in a private copy for every thread, row after row from `X_ONE`. Several panels side by side
+    where chains of additions would be too long otherwise, or where weights are asked for ahead; one after another where
+    the CPU's own prefetchers follow, which know one stream better than several.
+    """
+    floats = int(exact or form in FLOATS)
+    wide = 4 if floats else 2 if PREFETCH else 1
 
     def linear(record, thread, threads):
-        tokens = load_i64(load_i64(record + 8 * R.COUNT))
+        if load_i64(load_i64(record + 8 * R.COUNT)) == 0:
+            return
+        private = thread if load_i64(record + 8 * R.IS_PRIVATE) else 0
         panels = load_i64(record + 8 * R.PANELS)
-        spans = _spans(record) if tokens == 1 and threads > 1 else 1
+        spans = _spans(record) if threads > 1 else 1
         units = panels * spans
         begin, end = units * thread // threads, units * (thread + 1) // threads
         first, stop = (begin + spans - 1) // spans, end // spans
@@ -103,47 +112,72 @@ def _make(form, exact, wide, tall):
             owner = ((panel * spans + 1) * threads - 1) // units
             segment, inside = _segment_of(record, panel)
             last = min(end, (panel + 1) * spans) - panel * spans
-            part(form, exact, record, segment, inside, begin % spans, last, _room(record, owner))
+            part(form, floats, record, segment, inside, private, begin % spans, last, _room(record, owner))
             _publish(record, thread)
 
         segment = load_i64(record + 8 * R.SEGMENTS)
         before = 0
         for _ in range(load_i64(record + 8 * R.SEGMENT_COUNT)):
             count = load_i64(segment + 8 * R.S_PANELS)
-            last = min(stop - before, count)
-            panel = max(first - before, 0)
+            panel, last = max(first - before, 0), min(stop - before, count)
+            if wide > 1:
+                while panel + wide <= last:
+                    tile_of_one(wide, form, floats, record, segment, panel, private)
+                    panel += wide
             while panel < last:
-                step = 1
-                token = 0
-                if tokens == 1 and panel + wide <= last:
-                    step = wide
-                    tile(wide, 1, form, exact, record, segment, panel, 0)
-                    token = 1
-                elif panel + beside <= last and tokens > 1:
-                    step = beside
-                    while token + tall <= tokens:
-                        tile(beside, tall, form, exact, record, segment, panel, token)
-                        token += tall
-                while token < tokens:
-                    for p in range(step):
-                        tile(1, 1, form, exact, record, segment, panel + p, token)
-                    token += 1
-                panel += step
+                tile_of_one(1, form, floats, record, segment, panel, private)
+                panel += 1
             before += count
             segment += 8 * R.SEGMENT_WORDS
 
         if begin < end and end % spans != 0 and first <= stop:
             segment, inside = _segment_of(record, stop)
-            part(form, exact, record, segment, inside, 0, end - stop * spans, _room(record, thread))
+            part(form, floats, record, segment, inside, private, 0, end - stop * spans, _room(record, thread))
             if _await_parts(record, thread, threads, units, (stop + 1) * spans):
                 _join(record, stop, spans, _room(record, thread))
 
-    return Kernel(linear, f"linear-{form}-{'exact' if exact else 'int8'}")
+    return Kernel(linear, f"linear-of-one-{form}-{'exact' if floats else 'int8'}")
 
 
 @cache
 def linear(form: int, exact: bool) -> Kernel:
-    """The kernel for weights of a format."""
-    if exact or form in FLOATS:
-        return _make(form, 1, wide=4, tall=4)
-    return _make(form, 0, wide=2, tall=8)
+    """The kernel for steps of several tokens and weights of a format.
+
+    A panel comes from memory once and stays in the cache while tiles of 8, 4, 2 and 1 tokens go through it.
+    """
+    floats = int(exact or form in FLOATS)
+    beside = 2 if floats else 1
+    tall = 4 if floats else 8
+
+    def linear(record, thread, threads):
+        tokens = load_i64(load_i64(record + 8 * R.COUNT))
+        panels = load_i64(record + 8 * R.PANELS)
+        first, stop = panels * thread // threads, panels * (thread + 1) // threads
+        segment = load_i64(record + 8 * R.SEGMENTS)
+        before = 0
+        for _ in range(load_i64(record + 8 * R.SEGMENT_COUNT)):
+            count = load_i64(segment + 8 * R.S_PANELS)
+            panel, last = max(first - before, 0), min(stop - before, count)
+            while panel < last:
+                step = min(beside, last - panel)
+                token = 0
+                while token < tokens:
+                    left = tokens - token
+                    if step == beside and left >= tall:
+                        tile(beside, tall, form, floats, record, segment, panel, token)
+                        token += tall
+                        continue
+                    many = 4 if left >= 4 else 2 if left >= 2 else 1
+                    for p in range(step):
+                        if many == 4:
+                            tile(1, 4, form, floats, record, segment, panel + p, token)
+                        elif many == 2:
+                            tile(1, 2, form, floats, record, segment, panel + p, token)
+                        else:
+                            tile(1, 1, form, floats, record, segment, panel + p, token)
+                    token += many
+                panel += step
+            before += count
+            segment += 8 * R.SEGMENT_WORDS
+
+    return Kernel(linear, f"linear-{form}-{'exact' if floats else 'int8'}")

@@ -110,10 +110,10 @@ def _float_block(weights, x, count):
 
 
 @helper
-def _row(record, segment, row, token, decoded, form, exact):
-    """One row times one token: blocks in order inside spans, spans in order."""
+def _row(record, segment, row, x, token, decoded, form, exact):
+    """One row times row `token` of the activations at `x`: blocks in order inside spans, spans in order."""
     columns = _word(segment, R.S_COLUMNS)
-    x = _word(record, R.X) + token * _word(record, R.X_STRIDE)
+    x += token * _word(record, R.X_STRIDE)
     x_scales = _word(record, R.X_SCALES) + token * _word(record, R.X_SCALES_STRIDE)
     factor = float_bits(_word(record, R.FACTOR))
     blocks = (columns + BLOCK - 1) // BLOCK
@@ -133,7 +133,9 @@ def _row(record, segment, row, token, decoded, form, exact):
     return total
 
 
-def _make(form: int, exact: int) -> Kernel:
+def _make(form: int, exact: int, one: int) -> Kernel:
+    """`one`: for steps of one token, of which every thread may have a copy."""
+
     def linear(record, thread, threads):
         tokens = load_i64(_word(record, R.COUNT))
         panels = _word(record, R.PANELS)
@@ -141,6 +143,8 @@ def _make(form: int, exact: int) -> Kernel:
         end = panels * (thread + 1) // threads
         scratch = _word(record, R.SCRATCH) + thread * _word(record, R.SCRATCH_STRIDE)
         segment = _word(record, R.SEGMENTS)
+        x = _word(record, R.X_ONE if one else R.X)
+        first = thread if one and _word(record, R.IS_PRIVATE) else 0
         for _ in range(_word(record, R.SEGMENT_COUNT)):
             rows = _word(segment, R.S_ROWS)
             for row in range(max(begin, 0), min(end, rows)):
@@ -151,19 +155,25 @@ def _make(form: int, exact: int) -> Kernel:
                     _decode(record, segment, row, decoded, form, exact)
                 bias = _word(segment, R.S_BIAS)
                 for token in range(tokens):
-                    value = _row(record, segment, row, token, decoded, form, exact)
+                    value = _row(record, segment, row, x, first + token, decoded, form, exact)
                     if bias:
                         value += load_f32(bias + 4 * row)
-                    out = _word(segment, R.S_OUT) + token * _word(segment, R.S_OUT_STRIDE)
+                    out = _word(segment, R.S_OUT_ONE if one else R.S_OUT) + token * _word(segment, R.S_OUT_STRIDE)
                     store_f32(out + 4 * row, value)
             begin -= rows
             end -= rows
             segment += 8 * R.SEGMENT_WORDS
 
-    return Kernel(linear, f"linear-plain-{form}-{'exact' if exact else 'int8'}")
+    return Kernel(linear, f"linear-plain-{form}-{'exact' if exact else 'int8'}{'-of-one' if one else ''}")
+
+
+@cache
+def linear_of_one(form: int, exact: bool) -> Kernel:
+    """The kernel for steps of one token and weights of a format."""
+    return _make(form, 1 if exact or form in FLOATS else 0, 1)
 
 
 @cache
 def linear(form: int, exact: bool) -> Kernel:
-    """The kernel for weights of a format."""
-    return _make(form, 1 if exact or form in FLOATS else 0)
+    """The kernel for steps of several tokens and weights of a format."""
+    return _make(form, 1 if exact or form in FLOATS else 0, 0)

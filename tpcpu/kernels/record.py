@@ -54,11 +54,11 @@ STEP_WORDS = 16
 KERNELS = 0
 """Addresses of the kernels of the three classes of token counts."""
 BARRIER = 3
-"""1 if every thread must have finished before the next operation begins."""
+"""Bit c: in steps of class c every thread must have finished before the next operation begins."""
 STEP = 4
 """Address of the step."""
 OPERANDS = 5
-RECORD_WORDS = 32
+RECORD_WORDS = 40
 
 # Operands of the kernels that go through activations feature by feature. Strides are bytes from token to token.
 IN = 5
@@ -87,9 +87,15 @@ TOTAL_STRIDE = 21
 ELEMENT = 22
 """The format of stored values: BF16, F16 or FLOAT32."""
 STATE = 23
-"""float32 inputs of a convolution: one row a sequence,"""
+"""float32 inputs of a convolution: two rows a sequence, for even positions and odd ones,"""
 STATE_STRIDE = 24
 """bytes from one to the next."""
+ROW = 27
+"""float32 copies of the result of a step of one token, one row a thread, or 0."""
+ROW_STRIDE = 28
+IN_ROW = 29
+"""Where such copies of `IN` lie, or 0, with `IN_ROW_STRIDE`."""
+IN_ROW_STRIDE = 30
 PARTS = 25
 """How many partial sums lie behind each other,"""
 PART_STRIDE = 26
@@ -107,6 +113,19 @@ OPERATION = 10
 COMMUNICATOR = 11
 STATUS = 12
 """Written: what the MPI function returned, 0 for success."""
+
+# Operands of an exchange through the window. The part of this rank is `IN`, or lies in the window already; what is
+# added to the sum is `SECOND` and `BIAS`; the result goes to `OUT`; all have `WIDTH` features.
+DIRECT = 14
+"""1 if the part of one token has been written to the window by whoever made it."""
+HALF = 15
+"""0 or 1: which half of the data this message begins with; the next one begins with the other."""
+PLACE = 16
+"""Where in the half, in bytes."""
+WINDOW = 17
+"""Address of the window's table."""
+TWO_SHOT = 18
+"""Bytes of a message from which on the ranks divide the adding."""
 
 # Operands of attention; heads are rows of `HEAD_STEP` bytes from `HEAD_FIRST`.
 A_Q = 5
@@ -133,16 +152,21 @@ A_KEYS = 24
 """Pages of keys: heads x tiles of 16 positions x dim x 16; of values: heads x positions x dim."""
 A_VALUES = 25
 A_PAGE_BYTES = 26
-A_KV_OF = 27
-"""int32: the key/value head of each query head."""
+A_GROUPS = 27
+"""int32: query heads in the order of their key/value heads, here called slots. First, for each key/value head and for
+one more, the slot where its group begins; then the query head of each slot."""
 A_SCALE = 28
 """Bits of a float32."""
 A_PARTS = 29
-"""Sums of pieces: (tokens, heads, pieces) rows of `A_PART_FLOATS`: weighted values, the maximum, the sum."""
+"""Sums of pieces, a row each of tokens x slots x pieces: weighted values, the maximum, the sum of weights."""
 A_PART_TOKENS = 30
 """Pieces that there is room for, of each token and head."""
 A_SCRATCH = 31
-"""Memory for one piece's scores and sums, `attention.scratch_bytes` a thread."""
+"""Memory of each thread, `attention.scratch_bytes`, and the bytes from one to the next."""
+A_SCRATCH_STRIDE = 32
+A_ROTATED = 33
+"""Rotated queries of several tokens, head after head."""
+A_ROTATED_STRIDE = 34
 
 # Operands of a linear.
 X = 5
@@ -168,6 +192,10 @@ SCRATCH = 16
 SCRATCH_STRIDE = 17
 NUMBER = 18
 """Which record of the program this is."""
+X_ONE = 19
+"""Where the activations of a step of one token lie,"""
+IS_PRIVATE = 20
+"""and whether every thread has a copy of its own there, one row of `X`, `X_SCALES` and `X_SUMS` after another."""
 
 # A segment of a linear.
 S_VALUES = 0
@@ -191,6 +219,8 @@ S_OUT = 10
 S_OUT_STRIDE = 11
 S_BIAS = 12
 """float32, one per row, or 0."""
+S_OUT_ONE = 13
+"""Where the result of a step of one token goes."""
 SEGMENT_WORDS = 16
 
 # Operands of packing.
@@ -200,3 +230,34 @@ P_ROW_BYTES = 6
 P_ROWS = 7
 P_COLUMNS = 8
 P_OUT = 9
+P_MAPPED = 10
+"""1 if the source is a mapped file, whose pages are to be mapped ahead and given back."""
+
+# Operands of filling with random contents.
+N_OUT = 5
+"""Where; the memory is `N_UNITS` panels of `N_UNIT_BYTES`, a multiple of 8."""
+N_UNITS = 6
+N_UNIT_BYTES = 7
+N_SEED = 8
+N_SET = 9
+"""Bits that every word of 8 bytes has set."""
+N_MIDDLE = 10
+"""Bits of a float32: the middle of what floats are drawn from,"""
+N_SPREAD = 11
+"""and how far they go to either side."""
+
+# Operands of reading for the sake of reading.
+M_SOURCE = 5
+"""The memory, and its bytes."""
+M_BYTES = 6
+M_PASSES = 7
+"""How many times it is read."""
+M_DISTANCE = 8
+"""How many bytes ahead is prefetched."""
+M_SUMS = 9
+"""One cache line a thread: the sum of all int32 read."""
+
+# Operands of the loops that stay in registers.
+O_ROUNDS = 5
+O_SINK = 6
+"""One cache line a thread, for a result that nobody needs."""

@@ -16,21 +16,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tpcpu.kernels import record as R
-from tpcpu.kernels.isa import selected
+from tpcpu.kernels.isa import prefetches, selected
 from tpcpu.kernels.memory import F32, I32
 from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, INT8, NF4, NF4_SINGLE
+from tpcpu.kernels.scales import TOGETHER, CodedScales, StoredScales
 from tpcpu.kernels.simd import emit as e
 from tpcpu.kernels.simd import instructions as isa
 
 ROWS = selected().panel_rows
-PREFETCH = 4096
+PREFETCH = 4096 if prefetches() else 0
 """Bytes that a tile asks for ahead of its reading: far enough for memory, near enough for the first-level cache."""
 
 
 class _Operands:
     """What a tile reads of the record and the segment, and the addresses of its panels and tokens."""
 
-    def __init__(self, b, panels, tokens, record, segment, panel, token, spans=None):
+    def __init__(self, b, panels, tokens, record, segment, panel, token, private, one=False, spans=None):
         self.b, self.panels, self.tokens, self.panel = b, panels, tokens, panel
         self.spans = spans
         """(first, last, room) for a part of a panel, whose sums of spans go to `room` one by one; None for all."""
@@ -42,11 +43,20 @@ class _Operands:
         self.factor = b.bitcast(b.trunc(e.load_word(b, record, R.FACTOR), I32), F32)
         stride = e.load_word(b, record, R.X_STRIDE)
         scales_stride = e.load_word(b, record, R.X_SCALES_STRIDE)
+        # A private copy of one token is as many rows on as its thread has before it, of which the caller tells.
+        row = b.add(token, private)
+        first = e.load_word(b, record, R.X_ONE if one else R.X)
         self.x, self.x_scales, self.x_sums = (
-            [b.add(e.load_word(b, record, word), b.mul(e.offset(b, token, m), step)) for m in range(tokens)]
-            for word, step in ((R.X, stride), (R.X_SCALES, scales_stride), (R.X_SUMS, scales_stride))
+            [b.add(start, b.mul(e.offset(b, row, m), step)) for m in range(tokens)]
+            for start, step in (
+                (first, stride),
+                (e.load_word(b, record, R.X_SCALES), scales_stride),
+                (e.load_word(b, record, R.X_SUMS), scales_stride),
+            )
         )
         self.token = token
+        self.out = R.S_OUT_ONE if one else R.S_OUT
+        self.prefetches = bool(PREFETCH) and tokens == 1
 
     def each(self):
         return [(p, m) for p in range(self.panels) for m in range(self.tokens)]
@@ -60,61 +70,36 @@ class _Operands:
             self.b.store(value, register)
 
 
-class _BlockScales:
-    """The scales of one block of each panel: stored as float32, or as codes into a table, doubly quantised."""
-
-    def __init__(self, o, coded):
-        self.o, self.coded = o, coded
-        b = o.b
-        if coded:
-            self.code = e.load_word(b, o.segment, R.S_CODE)
-            self.groups = e.load_word(b, o.segment, R.S_GROUPS)
-            offset = b.bitcast(b.trunc(e.load_word(b, o.segment, R.S_OFFSET), I32), F32)
-            self.offset = e.splat(b, offset, e.F32V)
-            full = b.trunc(e.load_word(b, o.segment, R.S_FULL_BLOCKS), I32)
-            first = b.trunc(e.load_word(b, o.segment, R.S_FIRST_BLOCK), I32)
-            lanes = e.constants(range(ROWS), I32)
-            self.first = []
-            for p in range(o.panels):
-                row = b.trunc(b.mul(e.offset(b, o.panel, p), e.const(ROWS)), I32)
-                rows = b.add(e.splat(b, row, e.I32V), lanes)
-                starts = b.mul(rows, e.splat(b, full, e.I32V))
-                self.first.append(b.add(starts, e.splat(b, first, e.I32V)))
-
-    def load(self, p, blocks, block):
-        """The scales of `block` in panel p; a panel has `blocks`."""
-        b = self.o.b
-        at = b.mul(b.add(b.mul(e.offset(b, self.o.panel, p), blocks), block), e.const(ROWS))
-        if not self.coded:
-            return e.load(b, e.offset(b, self.o.scales, at, 4), e.F32V)
-        codes = isa.gather_f32(b, self.code, e.widen_bytes(b, b.add(self.o.scales, at)))
-        number = b.add(self.first[p], e.splat(b, b.trunc(block, I32), e.I32V))
-        groups = isa.gather_f32(b, self.groups, b.lshr(number, e.constants([8] * ROWS, I32)))
-        # Rounded after the multiply, as the published dequantiser does: no fused multiply-add here.
-        return b.fadd(b.fmul(codes, groups), self.offset)
-
-
 def _splat_bytes(b, address):
     """Four bytes, repeated over a register."""
     return e.splat(b, e.load(b, address, I32), e.I32V)
 
 
-def _prefetch(b, address):
-    pointer = e.pointer(b, e.offset(b, address, PREFETCH), ir.IntType(8))
-    e.intrinsic_call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(e.const(v, I32) for v in (0, 3, 1))])
+def _ahead(o, packed, block, blocks, block_bytes):
+    """For each panel the address to ask for when `packed`, its block, is read: behind its end, that of its successor.
+
+    Panels that a tile takes side by side lie one after another, so the next one of each is as many panels on.
+    """
+    b = o.b
+    far = e.offset(b, block, -(-PREFETCH // block_bytes))
+    skipped = b.mul(blocks, e.const((o.panels - 1) * block_bytes))
+    jump = b.select(b.icmp_signed("<", far, blocks), e.const(PREFETCH), b.add(skipped, e.const(PREFETCH)))
+    return [b.add(address, jump) for address in packed]
 
 
-def _integer_products(o, sums, packed, x_at, nf4, table):
-    """Adds a block's products of bytes to `sums`. `packed[p]`: address of the block; `x_at`: its first feature."""
+def _integer_products(o, sums, packed, ahead, x_at, nf4, table):
+    """Adds a block's products of bytes to `sums`, two for each panel and token: integers add up alike in any order.
+
+    `packed[p]`: address of the block; `ahead[p]`: what to prefetch with it; `x_at`: its first feature.
+    """
     b = o.b
     groups, features = (8, 8) if nf4 else (16, 4)
     for g in range(groups):
         weights = []
         for p in range(o.panels):
-            at = e.offset(b, packed[p], g * 4 * ROWS)
-            if o.tokens == 1:
-                _prefetch(b, at)
-            stored = e.load(b, at, e.BYTEV)
+            if ahead:
+                e.prefetch(b, e.offset(b, ahead[p], g * 4 * ROWS))
+            stored = e.load(b, e.offset(b, packed[p], g * 4 * ROWS), e.BYTEV)
             if nf4:
                 parts = (e.low_bits(b, stored, 4), e.high_nibbles(b, stored))
                 weights.append([isa.lookup(b, table, part) for part in parts])
@@ -124,19 +109,19 @@ def _integer_products(o, sums, packed, x_at, nf4, table):
             for half in range(len(weights[0])):
                 x = _splat_bytes(b, e.offset(b, e.offset(b, o.x[m], x_at), features * g + 4 * half))
                 for p in range(o.panels):
-                    register = sums[p, m]
+                    register = sums[p, m][(g * len(weights[p]) + half) % 2]
                     b.store(isa.dot4(b, b.load(register), weights[p][half], x), register)
 
 
-def _float_products(o, sums, packed, x_at, nf4, table):
-    """As `_integer_products`, with float32 activations: feature after feature."""
+def _float_products(o, sums, packed, ahead, x_at, nf4, table):
+    """As `_integer_products`, with float32 activations and one sum: feature after feature."""
     b = o.b
     groups = 8 if nf4 else 16
     for g in range(groups):
         stored = [e.load(b, e.offset(b, packed[p], g * 4 * ROWS), e.I32V) for p in range(o.panels)]
-        if o.tokens == 1:
+        if ahead:
             for p in range(o.panels):
-                _prefetch(b, e.offset(b, packed[p], g * 4 * ROWS))
+                e.prefetch(b, e.offset(b, ahead[p], g * 4 * ROWS))
         shifts = [8 * j + 4 * half for half in (0, 1) for j in range(4)] if nf4 else [8 * j for j in range(4)]
         for j, shift in enumerate(shifts):
             values = []
@@ -158,24 +143,30 @@ def _float_products(o, sums, packed, x_at, nf4, table):
                     b.store(e.fma(b, values[p], x, b.load(sums[p, m])), sums[p, m])
 
 
-def _accumulate(o, blocks, one_block):
-    """Runs `one_block(block, span_sums)` over all blocks and stores the joined sums, with the bias, to the output.
+def _accumulate(o, blocks, one_block, scales=None):
+    """Runs `one_block(block, inside, span_sums)` over all blocks; stores the joined sums, with the bias, to the output.
 
-    Of a part of a panel, only its spans, whose sums are stored one by one for whoever joins them.
+    `inside`: the block's place among those whose scales are decoded together. Of a part of a panel, only its spans,
+    whose sums are stored one by one for whoever joins them.
     """
     b = o.b
     zero = ir.Constant(e.F32V, [0.0] * ROWS)
     totals, span_sums = o.new(e.F32V), o.new(e.F32V)
     o.fill(totals, zero)
-    span = e.const(R.SPAN)
+    span, together = e.const(R.SPAN), e.const(TOGETHER)
     spans = b.udiv(b.add(blocks, e.const(R.SPAN - 1)), span)
     begin, end, room = o.spans or (e.const(0), spans, None)
     with cgutils.for_range(b, end, begin) as outer:
         o.fill(span_sums, zero)
         first = b.mul(outer.index, span)
-        left = b.sub(blocks, first)
-        with cgutils.for_range(b, b.select(b.icmp_signed("<", left, span), left, span)) as inner:
-            one_block(b.add(first, inner.index), span_sums)
+        in_span = _smaller(b, b.sub(blocks, first), span)
+        with cgutils.for_range(b, b.udiv(b.add(in_span, e.const(TOGETHER - 1)), together)) as four:
+            done = b.mul(four.index, together)
+            base = b.add(first, done)
+            if scales is not None:
+                scales.decode(base, blocks)
+            with cgutils.for_range(b, _smaller(b, b.sub(in_span, done), together)) as inner:
+                one_block(b.add(base, inner.index), inner.index, span_sums)
         for at in o.each():
             if room is None:
                 b.store(b.fadd(b.load(totals[at]), b.load(span_sums[at])), totals[at])
@@ -185,11 +176,13 @@ def _accumulate(o, blocks, one_block):
         _store(o, totals)
 
 
+def _smaller(b, x, y):
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
 def _store(o, totals):
     b = o.b
-    out, stride, bias, rows = (
-        e.load_word(b, o.segment, word) for word in (R.S_OUT, R.S_OUT_STRIDE, R.S_BIAS, R.S_ROWS)
-    )
+    out, stride, bias, rows = (e.load_word(b, o.segment, word) for word in (o.out, R.S_OUT_STRIDE, R.S_BIAS, R.S_ROWS))
     has_bias = b.icmp_signed("!=", bias, e.const(0))
     for p in range(o.panels):
         row = b.mul(e.offset(b, o.panel, p), e.const(ROWS))
@@ -205,7 +198,7 @@ def _store(o, totals):
 def _quantised_tile(o, nf4, coded, exact):
     """NF4 or int8 weights; int8 activations with a scale per block, or float32 ones."""
     b = o.b
-    scales = _BlockScales(o, coded)
+    scales = CodedScales(o) if coded else StoredScales(o)
     blocks = b.udiv(o.columns, e.const(BLOCK))
     block_bytes = BLOCK * ROWS // (2 if nf4 else 1)
     if not nf4:
@@ -214,24 +207,27 @@ def _quantised_tile(o, nf4, coded, exact):
         table = isa.table_f32(b, o.table)
     else:
         table = e.load(b, o.table, e.BYTEV)
+    sums = o.new(e.F32V) if exact else {at: [cgutils.alloca_once(b, e.I32V) for _ in range(2)] for at in o.each()}
 
-    def one_block(block, span_sums):
+    def one_block(block, inside, span_sums):
         packed = [
             e.offset(b, o.values, b.add(b.mul(e.offset(b, o.panel, p), blocks), block), block_bytes)
             for p in range(o.panels)
         ]
-        sums = o.new(e.F32V if exact else e.I32V)
+        ahead = _ahead(o, packed, block, blocks, block_bytes) if o.prefetches else []
         x_at = b.mul(block, e.const(BLOCK))
         if exact:
             o.fill(sums, ir.Constant(e.F32V, [0.0] * ROWS))
-            _float_products(o, sums, packed, x_at, nf4, table)
+            _float_products(o, sums, packed, ahead, x_at, nf4, table)
         else:
+            zero = e.constants([0] * ROWS, I32)
             for p, m in o.each():
-                start = _splat_bytes(b, e.offset(b, o.x_sums[m], block, 4)) if isa.WEIGHT_BIAS else None
-                b.store(start or e.constants([0] * ROWS, I32), sums[p, m])
-            _integer_products(o, sums, packed, x_at, nf4, table)
+                start = _splat_bytes(b, e.offset(b, o.x_sums[m], block, 4)) if isa.WEIGHT_BIAS else zero
+                b.store(start, sums[p, m][0])
+                b.store(zero, sums[p, m][1])
+            _integer_products(o, sums, packed, ahead, x_at, nf4, table)
         for p in range(o.panels):
-            scale = scales.load(p, blocks, block)
+            scale = scales.load(p, blocks, block, inside)
             for m in range(o.tokens):
                 register = span_sums[p, m]
                 if exact:
@@ -239,10 +235,10 @@ def _quantised_tile(o, nf4, coded, exact):
                 else:
                     x_scale = b.fmul(e.load(b, e.offset(b, o.x_scales[m], block, 4), F32), o.factor)
                     value = b.fmul(scale, e.splat(b, x_scale, e.F32V))
-                    product = e.to_float(b, b.load(sums[p, m]))
+                    product = e.to_float(b, b.add(*(b.load(part) for part in sums[p, m])))
                 b.store(e.fma(b, value, product, b.load(register)), register)
 
-    _accumulate(o, blocks, one_block)
+    _accumulate(o, blocks, one_block, scales)
 
 
 def _float_tile(o, bits):
@@ -252,8 +248,9 @@ def _float_tile(o, bits):
     blocks = b.udiv(b.add(o.columns, e.const(BLOCK - 1)), e.const(BLOCK))
     panels = [e.offset(b, o.values, b.mul(e.offset(b, o.panel, p), o.columns), ROWS * size) for p in range(o.panels)]
 
-    def one_block(block, span_sums):
-        sums = o.new(e.F32V)
+    sums = o.new(e.F32V)
+
+    def one_block(block, _inside, span_sums):
         o.fill(sums, ir.Constant(e.F32V, [0.0] * ROWS))
         first = b.mul(block, e.const(BLOCK))
         left = b.sub(o.columns, first)
@@ -262,8 +259,8 @@ def _float_tile(o, bits):
             values = []
             for p in range(o.panels):
                 at = e.offset(b, panels[p], k, ROWS * size)
-                if o.tokens == 1:
-                    _prefetch(b, at)
+                if o.prefetches:
+                    e.prefetch(b, e.offset(b, at, PREFETCH))
                 values.append(e.load_floats(b, at, bits))
             for m in range(o.tokens):
                 x = e.splat(b, e.load(b, e.offset(b, o.x[m], k, 4), F32), e.F32V)
@@ -275,8 +272,8 @@ def _float_tile(o, bits):
     _accumulate(o, blocks, one_block)
 
 
-def _emit_tile(b, panels, tokens, form, exact, addresses, spans=None):
-    o = _Operands(b, panels, tokens, *addresses, spans=spans)
+def _emit_tile(b, panels, tokens, form, exact, addresses, one, spans=None):
+    o = _Operands(b, panels, tokens, *addresses, one=one, spans=spans)
     if form in (NF4, NF4_SINGLE, INT8):
         _quantised_tile(o, form != INT8, form == NF4, exact)
     else:
@@ -289,20 +286,33 @@ def tile(typing_context, panels, tokens, form, exact, record, segment, panel, to
     shape = [argument.literal_value for argument in (panels, tokens, form, exact)]
 
     def codegen(context, builder, signature, args):
-        _emit_tile(builder, *shape, args[4:])
+        _emit_tile(builder, *shape, (*args[4:], e.const(0)), one=False)
         return context.get_dummy_value()
 
     return types.void(panels, tokens, form, exact, *[types.int64] * 4), codegen
 
 
 @intrinsic(prefer_literal=True)
-def part(typing_context, form, exact, record, segment, panel, first, last, room):
-    """Spans `first` to `last` of one panel times the one token: their sums to `room`, one by one."""
+def tile_of_one(typing_context, panels, form, exact, record, segment, panel, private):
+    """Panels `panel`.. times the only token, whose activations are row `private` of `X_ONE`, to `S_OUT_ONE`."""
+    shape = [argument.literal_value for argument in (form, exact)]
+    panels_ = panels.literal_value
+
+    def codegen(context, builder, signature, args):
+        _emit_tile(builder, panels_, 1, *shape, (*args[3:6], e.const(0), args[6]), one=True)
+        return context.get_dummy_value()
+
+    return types.void(panels, form, exact, *[types.int64] * 4), codegen
+
+
+@intrinsic(prefer_literal=True)
+def part(typing_context, form, exact, record, segment, panel, private, first, last, room):
+    """Spans `first` to `last` of one panel times the only token: their sums to `room`, one by one."""
     shape = [argument.literal_value for argument in (form, exact)]
 
     def codegen(context, builder, signature, args):
-        addresses = (*args[2:5], e.const(0))
-        _emit_tile(builder, 1, 1, *shape, addresses, spans=args[5:])
+        addresses = (*args[2:5], e.const(0), args[5])
+        _emit_tile(builder, 1, 1, *shape, addresses, one=True, spans=args[6:])
         return context.get_dummy_value()
 
-    return types.void(form, exact, *[types.int64] * 6), codegen
+    return types.void(form, exact, *[types.int64] * 7), codegen

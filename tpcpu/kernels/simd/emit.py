@@ -50,6 +50,18 @@ def store(b, value, address):
     b.store(value, pointer(b, address, value.type), align=1)
 
 
+def stream(b, value, address):
+    """Stores past the caches, to an address aligned to the vector; `fence` before others may read it."""
+    instruction = b.store(value, pointer(b, address, value.type), align=BYTEV.count)
+    instruction.set_metadata("nontemporal", b.module.add_metadata([const(1, I32)]))
+
+
+def prefetch(b, address, locality=3):
+    """Asks for the line at `address`, any at all: 3 into the first-level cache, 2 into the second."""
+    where = pointer(b, address, I8)
+    intrinsic_call(b, "llvm.prefetch.p0", ir.VoidType(), [where, *(const(v, I32) for v in (0, locality, 1))])
+
+
 def splat(b, scalar, of):
     vector = b.insert_element(ir.Constant(of, ir.Undefined), scalar, const(0, I32))
     zeros = ir.Constant(ir.VectorType(I32, of.count), [0] * of.count)
@@ -94,10 +106,14 @@ def high_nibbles(b, vector):
     return low_bits(b, b.bitcast(shifted, vector.type), 4)
 
 
+def lanes_before(b, count):
+    """A mask of the first `count` (an LLVM int64) of LANES lanes."""
+    return b.icmp_signed("<", constants(range(LANES), I32), splat(b, b.trunc(count, I32), I32V))
+
+
 def store_rows(b, vector, address, rows):
     """Stores the first `rows` (an LLVM int64) lanes."""
-    lanes = constants(range(vector.type.count), I32)
-    mask = b.icmp_signed("<", lanes, splat(b, b.trunc(rows, I32), lanes.type))
+    mask = lanes_before(b, rows)
     of = vector.type
     prototype = ir.FunctionType(ir.VoidType(), [of, of.as_pointer(), I32, mask.type])
     name = f"llvm.masked.store.v{of.count}f32.p0"

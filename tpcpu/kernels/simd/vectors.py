@@ -10,8 +10,8 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from tpcpu.kernels.compile import helper
-from tpcpu.kernels.memory import I8, I32
-from tpcpu.kernels.simd import emit
+from tpcpu.kernels.memory import I8, I16, I32
+from tpcpu.kernels.simd import emit, instructions
 
 LANES = emit.LANES
 
@@ -93,10 +93,28 @@ def store(b, address, x):
     emit.store(b, x, address)
 
 
+@_operation(types.void, types.int64, floats, floats)
+def store_pairs(b, address, x, y):
+    """The lanes of x and y in turn, to two registers' memory."""
+    for half in range(2):
+        lanes = [half * LANES // 2 + i // 2 + LANES * (i % 2) for i in range(LANES)]
+        emit.store(b, b.shuffle_vector(x, y, emit.constants(lanes, I32)), emit.offset(b, address, 4 * LANES * half))
+
+
 @_operation(types.void, types.int64, floats, types.int64)
 def store_first(b, address, x, count):
     """Stores the first `count` lanes, all if there are no more."""
     emit.store_rows(b, x, address, count)
+
+
+@_operation(types.void, types.int64, floats)
+def store_bf16(b, address, x):
+    """Rounded to the nearest, ties to even."""
+    bits = b.bitcast(x, emit.I32V)
+    odd = emit.low_bits(b, b.lshr(bits, emit.constants([16] * LANES, I32)), 1)
+    bits = b.add(bits, b.add(odd, emit.constants([0x7FFF] * LANES, I32)))
+    high = b.lshr(bits, emit.constants([16] * LANES, I32))
+    emit.store(b, b.trunc(high, ir.VectorType(I16, LANES)), address)
 
 
 @_operation(types.void, types.int64, integers)
@@ -140,6 +158,12 @@ def minimum(b, x, y):
     return b.select(b.fcmp_ordered("<", x, y), x, y)
 
 
+@_operation(floats, floats, types.int64, types.float32)
+def first_lanes(b, x, count, fill):
+    """The first `count` lanes, all if there are no more; `fill` in the others."""
+    return b.select(emit.lanes_before(b, count), x, emit.splat(b, fill, emit.F32V))
+
+
 @_operation(floats, floats)
 def absolute(b, x):
     return emit.intrinsic_call(b, f"llvm.fabs.v{LANES}f32", x.type, [x])
@@ -159,6 +183,33 @@ def to_float(b, x):
 @_operation(integers, integers, integers)
 def add_integers(b, x, y):
     return b.add(x, y)
+
+
+@_operation(integers, types.int64)
+def load_integers(b, address):
+    return emit.load(b, address, emit.I32V)
+
+
+@_operation(integers, types.int64)
+def splat_integers(b, x):
+    """The low 32 bits of x in every lane."""
+    return emit.splat(b, b.trunc(x, I32), emit.I32V)
+
+
+@_operation(integers, integers, integers, integers)
+def dot4(b, sums, weights, x):
+    """Adds to each lane the sum of four products of bytes; where no instruction does, of two products of int16."""
+    if instructions:
+        return instructions.dot4(b, sums, weights, x)
+    pairs = ir.VectorType(ir.IntType(16), 2 * LANES)
+    weights, x = b.bitcast(weights, pairs), b.bitcast(x, pairs)
+    products = []
+    for first in (0, 1):
+        chosen = emit.constants(range(first, 2 * LANES, 2), I32)
+        undefined = ir.Constant(pairs, ir.Undefined)
+        wide = [b.sext(b.shuffle_vector(each, undefined, chosen), emit.I32V) for each in (weights, x)]
+        products.append(b.mul(*wide))
+    return b.add(sums, b.add(*products))
 
 
 @_operation(integers)
