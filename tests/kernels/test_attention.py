@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from tests.kernels.binding import TOLERANCES, Bound, FakeModel, assert_close, expected, reference, same_bits
+from tpcpu.kernels import attention
+from tpcpu.kernels import record as R
 from tpcpu.parallel.partition import Range
 from tpcpu.program.operations import Heads, Rope
 
@@ -42,6 +44,8 @@ HEADS = {
     "heads of 80": (80, 3, (0, 1, 2)),
     "a group of all": (128, 4, (0, 0, 0, 0)),
     "a share that cuts groups": (24, 3, (0, 1, 1)),
+    "groups of seven and of none": (16, 8, (0, 0, 0, 0, 0, 0, 0, 2)),
+    "scattered groups": (48, 6, (1, 0, 1, 1, 0, 1)),
 }
 each_cache = pytest.mark.parametrize("exact", [False, True], ids=["bfloat16", "float32"])
 
@@ -83,6 +87,38 @@ def test_contexts_of_several_pieces(teams, page_tokens, exact):
         steps.append([(np.arange(at, length) % VOCAB, at, 0)])
         at = length
     check(model, program, teams, steps, exact=exact, context=800, page_tokens=page_tokens)
+
+
+@each_cache
+@pytest.mark.parametrize("dim", [64, 80])
+def test_groups_over_several_pieces(teams, dim, exact):
+    """Registers for one, two and four heads of a group, with values in whole blocks of registers and beside them."""
+    model, program = fake(dim, 9, (2, 0, 0, 0, 0, 0, 0, 0, 1))
+    steps, at = [], 0
+    for length in (254, 255, 256, 257, 272, 273, 530, 531):
+        steps.append([(np.arange(at, length) % VOCAB, at, 0)])
+        at = length
+    check(model, program, teams, steps, exact=exact, context=540, page_tokens=48)
+
+
+def test_what_is_read_is_not_overwritten(teams):
+    """One token's attention reads the projections, which the rotation before it was said to read last."""
+    model = FakeModel()
+    x = model.inputs(model.normal(VOCAB, 64))
+    for layer in range(2):
+        q, k, v = model.linear(
+            x, **{name: model.hold(model.matrix(f"{layer}.{name}", (64, 64)), "bf16") for name in "qkv"}
+        )
+        rotated = model.rope_and_store(*[Heads(each, 4, 16, 0, 16) for each in (q, k, v)], Rope(10000.0, 16))
+        x = model.attention(rotated, Range(0, 4), 4, (0, 1, 2, 3), 0.25)
+    compiled = Bound(model.result(x), model.tensors, teams[0]).compiled
+    records = compiled._array[compiled._array[:, R.KERNELS] == attention.attend_one(1).address]
+    assert len(records) == 2
+    read = [{int(record[word]) for word in (R.A_Q, R.A_K, R.A_V)} for record in records]
+    rotated = [int(record[R.A_ROTATED]) for record in records]
+    for record, sources, queries in zip(records, read, rotated, strict=True):
+        assert len(sources | {queries, int(record[R.A_OUT])}) == 5
+    assert read[1] < read[0] | {rotated[0]}, "afterwards their memory is used again"
 
 
 @each_cache
