@@ -1,9 +1,12 @@
 """Joining the ranks' parts inside a step: what is sent, and the order in which it is added."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from tests.kernels.binding import Bound, FakeModel, FakeRanks, same_bits
+from tests.kernels.test_window import Ranks
 from tpcpu.parallel.partition import Share
 
 
@@ -45,3 +48,45 @@ def test_plain_mpi_all_reduce(teams):
         got = bound.run((range(9), 0, 0))
         assert got == pytest.approx((6 * x)[:9, :33], rel=1e-6)
     assert len(ranks.calls) == len(teams)
+
+
+@pytest.mark.parametrize("messages", [1, 2, 3])
+@pytest.mark.parametrize("threads", [(1, 1), (2, 1, 3)], ids=["1+1", "2+1+3"])
+def test_programs_joined_by_a_window(threads, messages):
+    """Steps of one, few and many tokens in a row, whose programs have even and odd numbers of messages."""
+    ranks, size, width = Ranks(*threads), len(threads), 100
+    models = [FakeModel(seed=rank, share=Share(rank, size)) for rank in range(size)]
+    parts, programs = [], []
+    for model in models:
+        parts.append(model.normal(64, width) * np.float32(100))
+        x = model.inputs(parts[-1])
+        for _ in range(messages):
+            x = model.all_reduce(x)
+        programs.append(model.result(x))
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    for _ in range(messages - 1):
+        total = sum((total for _ in range(size - 1)), total.copy())
+    bound = [
+        Bound(program, model.tensors, team, exact=True, all_reduce=call)
+        for program, model, team, call in zip(programs, models, ranks.teams, ranks.calls, strict=True)
+    ]
+    counts = [1, 1, 2, 64, 1, 7, 64, 64, 1] * 5
+    failed = []
+
+    def steps(rank):
+        rows = models[rank].share.split(width)
+        for count in counts:
+            got = bound[rank].run((range(count), 0, 0))
+            if not same_bits(got, np.ascontiguousarray(total[:count, rows.start : rows.stop])):
+                failed.append((rank, count))
+
+    workers = [threading.Thread(target=steps, args=(rank,)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert not worker.is_alive()
+    assert failed == []
+    ranks.close()

@@ -23,7 +23,7 @@ class Job:
         self._call = KERNEL(lambda record, thread, threads: function(self.number(record), thread, threads))
         self.records = np.zeros((count, R.RECORD_WORDS), np.int64)
         self.records[:, R.KERNELS : R.KERNELS + 3] = ctypes.cast(self._call, ctypes.c_void_p).value
-        self.records[:, R.BARRIER] = 1 if barriers is None else barriers
+        self.records[:, R.BARRIER] = 0b111 if barriers is None else 0b111 * np.asarray(barriers)
         self.records[:, R.STEP] = self._step.ctypes.data
 
     def number(self, record):

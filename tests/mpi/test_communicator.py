@@ -3,6 +3,7 @@
 import ctypes
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from tpcpu.errors import CheckpointError, ConfigError, RankError, TpcpuError
-from tpcpu.parallel.communicator import AllReduce, Communicator, connect
+from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, connect
 from tpcpu.parallel.segments import mapped_segments
+from tpcpu.parallel.team import Team
 
 pytestmark = pytest.mark.mpi
 
@@ -138,6 +140,13 @@ def test_messages_follow_each_other(communicator: Communicator) -> None:
             assert message.tolist() == [number] * 4
 
 
+@pytest.fixture(scope="module")
+def team() -> Iterator[Team]:
+    made = Team([0], pinned=False, crowded=True)
+    yield made
+    made.close()
+
+
 def address_call(all_reduce: AllReduce, arguments: list[int]) -> int:
     """Call as compiled code does: by address, every argument a 64-bit integer."""
     prototype = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * len(arguments))
@@ -145,8 +154,8 @@ def address_call(all_reduce: AllReduce, arguments: list[int]) -> int:
 
 
 @pytest.mark.parametrize("count", [1, 8192, 65536])
-def test_ordered_parts_by_address(communicator: Communicator, count: int) -> None:
-    ordered = connect("ordered").all_reduce
+def test_ordered_parts_by_address(communicator: Communicator, team: Team, count: int) -> None:
+    ordered = connect("ordered").all_reduce(team)
     assert ordered.kind == "ordered"
     local = pattern((count,), np.float32, seed=communicator.rank)
     if communicator.size == 1:
@@ -160,8 +169,8 @@ def test_ordered_parts_by_address(communicator: Communicator, count: int) -> Non
         np.testing.assert_array_equal(parts[rank], pattern((count,), np.float32, seed=rank))
 
 
-def test_sum_by_address(communicator: Communicator) -> None:
-    plain = connect("mpi").all_reduce
+def test_sum_by_address(communicator: Communicator, team: Team) -> None:
+    plain = connect("mpi").all_reduce(team)
     assert plain.kind == "mpi"
     if communicator.size == 1:
         assert plain.function == 0
@@ -173,9 +182,11 @@ def test_sum_by_address(communicator: Communicator) -> None:
     np.testing.assert_array_equal(total, np.sum(parts, axis=0))
 
 
-def test_handles_fit_a_record(communicator: Communicator) -> None:
-    np.array(communicator.all_reduce.handles, np.int64)
-    np.array([communicator.all_reduce.function], np.int64)
+@pytest.mark.parametrize("kind", ["window", "ordered", "mpi"])
+def test_numbers_fit_a_record(communicator: Communicator, team: Team, kind: AllReduceKind) -> None:
+    del communicator
+    call = connect(kind).all_reduce(team)
+    np.array([*call.handles, call.function, call.table, call.own, call.half_bytes, call.two_shot], np.int64)
 
 
 def test_no_segment_keeps_its_name(communicator: Communicator) -> None:

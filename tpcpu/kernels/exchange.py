@@ -1,31 +1,327 @@
-"""Joining the ranks from inside the step: MPI functions called by address, with their handles, by thread 0."""
+"""Joining the ranks from inside the step, through the window that ranks of one host share.
+
+Every rank puts its part into its own half of the window, posts a number, waits for those whose features it needs, and
+adds all parts in rank order, in float32: all ranks hold the same bits. What is added next, residual and bias, is added
+in the same pass, as `activations.add` does it. A message of many tokens goes in pieces.
+
+**Numbers.** A use is one piece of a message in one half. Uses alternate between the halves, and every use posts
+numbers above all before. The number before a message's first lies in the counter of the half that it begins with;
+thread 0 writes the counter of the other half, which nobody reads before the barrier behind the message. Messages take
+an odd number of uses, and a program that has an odd number of messages ends with `meet`, so every message of a program
+always begins with the same half, at the same place: `linear` writes the parts of one token straight to the window.
+
+**Places.** What costs most is to write a line that another core still holds. So messages take their halves' places in
+turn: when a line is written again, the others' caches have mostly lost it.
+
+**Why nobody overwrites what another still reads.** What is written for use u lies in the half of use u - 2. Between two
+messages each rank has a barrier: whoever posts u - 1 has threads behind it that are done with u - 2, and who writes u
+comes after the barrier behind u - 1, before which its threads have seen every rank post u - 1. Within a message
+threads divide every piece alike. A thread that writes u has waited in u - 1 for just those threads whose shares meet
+its own, and they are the ones that have read it in u - 2.
+
+Knows the window's table; must not know MPI, nor who else waits for what.
+"""
 
 from tpcpu.kernels import record as R
-from tpcpu.kernels.compile import kernel
-from tpcpu.kernels.memory import call_c, load_i64, store_i64
+from tpcpu.kernels import window_layout as W
+from tpcpu.kernels.compile import helper, kernel
+from tpcpu.kernels.isa import selected
+from tpcpu.kernels.memory import load_i64, store_i64
+from tpcpu.kernels.record import BLOCK
+from tpcpu.kernels.simd import vectors as v
+from tpcpu.kernels.team import post_at, wait_at
+from tpcpu.kernels.team_layout import SPINS
+
+LANES = v.LANES
+ROWS = selected().panel_rows
+PIECE_BYTES = 256 * 1024
+"""A piece at most: what a core's second cache holds well."""
+_FOR_EVER = 1 << 62
 
 
-@kernel("all-gather")
-def all_gather(record, thread, _threads):
-    """Sends this rank's partial sums to all ranks and receives theirs, in rank order."""
+@helper
+def _word(record, word):
+    return load_i64(record + 8 * word)
+
+
+@helper
+def _entry(table, rank):
+    return table + 8 * (W.ENTRIES + W.ENTRY_WORDS * rank)
+
+
+@helper
+def _begin(record, table, thread, uses):
+    """The number before this message's first; sees to the next message's."""
+    counters, half = _word(table, W.COUNTERS), _word(record, R.HALF)
+    number = load_i64(counters + half * W.LINE)
     if thread == 0:
-        count = load_i64(load_i64(record + 8 * R.STEP) + 8 * R.TOKENS) * load_i64(record + 8 * R.ROW_FLOATS)
-        datatype = load_i64(record + 8 * R.DATATYPE)
-        status = call_c(
-            load_i64(record + 8 * R.FUNCTION), load_i64(record + 8 * R.SEND), count, datatype,
-            load_i64(record + 8 * R.RECEIVE), count, datatype, load_i64(record + 8 * R.COMMUNICATOR),
-        )  # fmt: skip
-        store_i64(record + 8 * R.STATUS, status)
+        store_i64(counters + (1 - half) * W.LINE, number + uses)
+    return number
 
 
-@kernel("mpi-all-reduce")
-def mpi_all_reduce(record, thread, _threads):
-    """The sum over all ranks, added in whatever order the MPI library likes."""
+@helper
+def _post(table, thread, number, team):
+    line = _word(_entry(table, _word(table, W.RANK)), W.LINES) + thread * W.LINE
+    post_at(line, number, team, line + W.WAITERS)
+
+
+@helper
+def _await(table, rank, first, last, number, team):
+    """Until threads `first` to `last` of a rank have posted `number`. False if the team is aborted."""
+    lines, spins = _word(_entry(table, rank), W.LINES), load_i64(team + SPINS)
+    for thread in range(first, last + 1):
+        line = lines + thread * W.LINE
+        if wait_at(line, number, team, spins, line + W.WAITERS, _FOR_EVER):
+            return False
+    return True
+
+
+@helper
+def _copy(source, out, count):
+    """`count` float32, a multiple of a block."""
+    for i in range(0, 4 * count, 16 * LANES):
+        a, b = v.load(source + i), v.load(source + i + 4 * LANES)
+        c, d = v.load(source + i + 8 * LANES), v.load(source + i + 12 * LANES)
+        v.store(out + i, a)
+        v.store(out + i + 4 * LANES, b)
+        v.store(out + i + 8 * LANES, c)
+        v.store(out + i + 12 * LANES, d)
+
+
+@helper
+def _with(value, residual, bias, at):
+    """The residual + value + bias, in this order, of those that are there."""
+    if residual:
+        value = v.add(v.load(residual + at), value)
+    if bias:
+        value = v.add(value, v.load(bias + at))
+    return value
+
+
+@helper
+def _sum(table, at, own, count, residual, bias, out):
+    """The parts of all ranks from `at` bytes after the beginning of their data, in rank order; then what is added.
+
+    This rank's own is read at `own`. Writes `count` float32 and leaves what lies behind them.
+    """
+    ranks, me = _word(table, W.RANKS), _word(table, W.RANK)
+    entries = _entry(table, 0)
+    first = own if me == 0 else load_i64(entries) + at
+    whole = 4 * (count // (4 * LANES) * 4 * LANES)
+    i = 0
+    while i < whole:
+        part = first + i
+        a, b = v.load(part), v.load(part + 4 * LANES)
+        c, d = v.load(part + 8 * LANES), v.load(part + 12 * LANES)
+        for rank in range(1, ranks):
+            part = (own if me == rank else load_i64(entries + 8 * W.ENTRY_WORDS * rank) + at) + i
+            a, b = v.add(a, v.load(part)), v.add(b, v.load(part + 4 * LANES))
+            c, d = v.add(c, v.load(part + 8 * LANES)), v.add(d, v.load(part + 12 * LANES))
+        v.store(out + i, _with(a, residual, bias, i))
+        v.store(out + i + 4 * LANES, _with(b, residual, bias, i + 4 * LANES))
+        v.store(out + i + 8 * LANES, _with(c, residual, bias, i + 8 * LANES))
+        v.store(out + i + 12 * LANES, _with(d, residual, bias, i + 12 * LANES))
+        i += 16 * LANES
+    while i < 4 * count:
+        total = v.load(first + i)
+        for rank in range(1, ranks):
+            part = own if me == rank else load_i64(entries + 8 * W.ENTRY_WORDS * rank) + at
+            total = v.add(total, v.load(part + i))
+        v.store_first(out + i, _with(total, residual, bias, i), count - i // 4)
+        i += 4 * LANES
+
+
+# One token
+
+
+@kernel("exchange-one")
+def exchange_one(record, thread, threads):
+    """out = (residual + the sum of all ranks' parts) + bias, for one token; every thread a slice of blocks.
+
+    With `DIRECT` the parts are in the window already, each panel of rows written by the thread that has its first
+    unit (see `linear.py`): thread u of T, where u / T <= (panel + 1 / spans) / panels. How many spans the panels of
+    another rank have is not known here, so this waits for whoever it might be, which is one thread more at most.
+    """
+    table, team = _word(record, R.WINDOW), _word(_word(record, R.STEP), R.TEAM)
+    number = _begin(record, table, thread, 1) + 1
+    width, rank = _word(record, R.WIDTH), _word(table, W.RANK)
+    panels = (width + ROWS - 1) // ROWS
+    at = _word(record, R.HALF) * _word(table, W.HALF_BYTES) + _word(record, R.PLACE)
+    if not _word(record, R.DIRECT):
+        own = _word(_entry(table, rank), W.PART) + at
+        first, last = ROWS * (panels * thread // threads), ROWS * (panels * (thread + 1) // threads)
+        for i in range(first, min(last, width), LANES):
+            v.store_first(own + 4 * i, v.load(_word(record, R.IN) + 4 * i), last - i)
+    _post(table, thread, number, team)
+
+    blocks = (width + BLOCK - 1) // BLOCK
+    first, last = blocks * thread // threads * BLOCK, min(blocks * (thread + 1) // threads * BLOCK, width)
+    if first >= last:
+        return
+    for other in range(_word(table, W.RANKS)):
+        theirs = _word(_entry(table, other), W.THREADS)
+        earliest = first // ROWS * theirs // panels
+        latest = min(((last - 1) // ROWS * theirs + theirs - 1) // panels, theirs - 1)
+        if not _await(table, other, earliest, latest, number, team):
+            return
+    residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
+    own = _word(_entry(table, rank), W.PART) + at if _word(record, R.DIRECT) else _word(record, R.IN)
+    _sum(
+        table, at + 4 * first, own + 4 * first, last - first,
+        residual + 4 * first if residual else 0, bias + 4 * first if bias else 0, _word(record, R.OUT) + 4 * first,
+    )  # fmt: skip
+
+
+# Many tokens
+
+
+@helper
+def _run(record, block, last):
+    """The token of a block, its first feature, how many blocks of the token follow before `last`, their features."""
+    width = _word(record, R.WIDTH)
+    row = (width + BLOCK - 1) // BLOCK
+    token = block // row
+    first = (block - token * row) * BLOCK
+    blocks = min(last - block, row - (block - token * row))
+    return token, first, blocks, min(blocks * BLOCK, width - first)
+
+
+@helper
+def _fill(record, begin, first, last, half):
+    """Copies blocks `first` to `last` of the message to where they belong in a half that begins with `begin`."""
+    block = first
+    while block < last:
+        token, feature, blocks, _ = _run(record, block, last)
+        source = _word(record, R.IN) + token * _word(record, R.IN_STRIDE) + 4 * feature
+        _copy(source, half + 4 * BLOCK * (block - begin), blocks * BLOCK)
+        block += blocks
+
+
+@helper
+def _collect(record, table, begin, first, last, at):
+    """Adds up blocks `first` to `last` of the message, of a piece that begins with `begin` and at `at` in the data."""
+    block = first
+    while block < last:
+        token, feature, blocks, count = _run(record, block, last)
+        residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
+        if residual:
+            residual += token * _word(record, R.SECOND_STRIDE) + 4 * feature
+        if bias:
+            bias += 4 * feature
+        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE) + 4 * feature
+        own = _word(record, R.IN) + token * _word(record, R.IN_STRIDE) + 4 * feature
+        _sum(table, at + 4 * BLOCK * (block - begin), own, count, residual, bias, out)
+        block += blocks
+
+
+@helper
+def _deliver(record, part, begin, first, last):
+    """As `_collect`, of sums that one rank has already."""
+    block = first
+    while block < last:
+        token, feature, blocks, count = _run(record, block, last)
+        residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
+        if residual:
+            residual += token * _word(record, R.SECOND_STRIDE) + 4 * feature
+        if bias:
+            bias += 4 * feature
+        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE) + 4 * feature
+        source = part + 4 * BLOCK * (block - begin)
+        for i in range(0, 4 * count, 4 * LANES):
+            v.store_first(out + i, _with(v.load(source + i), residual, bias, i), count - i // 4)
+        block += blocks
+
+
+@helper
+def _place(record, table, piece):
+    """Where in a half pieces of so many blocks begin: at the message's own place if there is room behind it."""
+    place = _word(record, R.PLACE)
+    return place if place + 4 * BLOCK * piece <= _word(table, W.HALF_BYTES) else 0
+
+
+@helper
+def _owner(block, blocks, threads):
+    """The thread whose share of `blocks` a block is in."""
+    return ((block + 1) * threads - 1) // blocks
+
+
+@helper
+def _in_one_shot(record, table, number, team, begin, low, high, first, last, piece, at):
+    """One piece, whatever the other ranks' threads; this one adds blocks `first` to `last` of a whole piece's."""
+    for other in range(_word(table, W.RANKS)):
+        theirs = _word(_entry(table, other), W.THREADS)
+        earliest, latest = _owner(first, piece, theirs), _owner(last - 1, piece, theirs)
+        if not _await(table, other, earliest, latest, number, team):
+            return False
+    _collect(record, table, begin, low, high, at)
+    return True
+
+
+@helper
+def _in_two_shots(record, table, thread, number, team, begin, low, high, at):
+    """One piece where thread t needs only threads t: each rank adds a share of it and gives it to the others."""
+    ranks, rank = _word(table, W.RANKS), _word(table, W.RANK)
+    count = high - low
+    for other in range(ranks):
+        if not _await(table, other, thread, thread, number, team):
+            return False
+    mine, stop = low + count * rank // ranks, low + count * (rank + 1) // ranks
+    place = at + 4 * BLOCK * (mine - begin)
+    # To where this rank's own part lay, which nobody else reads.
+    own = _word(_entry(table, rank), W.PART) + place
+    _sum(table, place, own, (stop - mine) * BLOCK, 0, 0, own)
+    _post(table, thread, number + 1, team)
+    for other in range(ranks):
+        if not _await(table, other, thread, thread, number + 1, team):
+            return False
+        part = _word(_entry(table, other), W.PART) + at
+        _deliver(record, part, begin, low + count * other // ranks, low + count * (other + 1) // ranks)
+    return True
+
+
+@kernel("exchange-many")
+def exchange_many(record, thread, threads):
+    """out = (residual + the sum of all ranks' parts) + bias, for the tokens of the batch, piece by piece.
+
+    In one shot every rank adds everything; in two, each adds its share and the others take the sums from it. The order
+    of adding is the same.
+    """
+    step, table = _word(record, R.STEP), _word(record, R.WINDOW)
+    team, half_bytes = _word(step, R.TEAM), _word(table, W.HALF_BYTES)
+    blocks = _word(step, R.TOKENS) * ((_word(record, R.WIDTH) + BLOCK - 1) // BLOCK)
+    # An odd number of pieces, all of one size but the last.
+    pieces = (4 * BLOCK * blocks + min(half_bytes, PIECE_BYTES) - 1) // min(half_bytes, PIECE_BYTES) | 1
+    piece = (blocks + pieces - 1) // pieces
+    aligned = _word(table, W.ALIGNED)
+    two = aligned and 4 * BLOCK * blocks >= _word(record, R.TWO_SHOT)
+    posts = 2 if two else 1
+    number = _begin(record, table, thread, pieces * posts)
+    # The division is that of a whole piece, also where the last one is shorter.
+    first, last = piece * thread // threads, piece * (thread + 1) // threads
+    place = _place(record, table, piece)
+    for use in range(pieces):
+        at = ((_word(record, R.HALF) + use) & 1) * half_bytes + place
+        begin = min(use * piece, blocks)
+        low, high = min(begin + first, blocks), min(begin + last, blocks)
+        _fill(record, begin, low, high, _word(_entry(table, _word(table, W.RANK)), W.PART) + at)
+        _post(table, thread, number + 1, team)
+        going = True
+        if two:
+            going = _in_two_shots(record, table, thread, number + 1, team, begin, low, high, at)
+        elif first < last:
+            going = _in_one_shot(record, table, number + 1, team, begin, low, high, first, last, piece, at)
+        if not going:
+            return
+        number += posts
+
+
+@kernel("exchange-meet")
+def meet(record, thread, _threads):
+    """A use of a half without a message: makes their number in a program even."""
+    table, team = _word(record, R.WINDOW), _word(_word(record, R.STEP), R.TEAM)
+    number = _begin(record, table, thread, 1) + 1
     if thread == 0:
-        count = load_i64(load_i64(record + 8 * R.STEP) + 8 * R.TOKENS) * load_i64(record + 8 * R.ROW_FLOATS)
-        status = call_c(
-            load_i64(record + 8 * R.FUNCTION), load_i64(record + 8 * R.SEND), load_i64(record + 8 * R.RECEIVE), count,
-            load_i64(record + 8 * R.DATATYPE), load_i64(record + 8 * R.OPERATION),
-            load_i64(record + 8 * R.COMMUNICATOR), 0,
-        )  # fmt: skip
-        store_i64(record + 8 * R.STATUS, status)
+        _post(table, 0, number, team)
+        for other in range(_word(table, W.RANKS)):
+            if not _await(table, other, 0, 0, number, team):
+                return

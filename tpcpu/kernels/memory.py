@@ -152,6 +152,18 @@ def pause(typing_context):
 
 
 @intrinsic
+def cycles(typing_context):
+    """The core's cycle counter, which counts at one rate whatever the core does."""
+
+    def emit(context, builder, signature, args):
+        return builder.call(
+            cgutils.get_or_insert_function(builder.module, ir.FunctionType(I64, []), "llvm.readcyclecounter"), []
+        )
+
+    return types.int64(), emit
+
+
+@intrinsic
 def call_kernel(typing_context, function, record, thread, threads):
     """Calls a kernel by its address."""
 

@@ -1,7 +1,8 @@
 """The team: waiting, the barrier, the walker, and the loop that a worker never leaves.
 
 A team is a block of int64 words, one fact per cache line, so that threads do not disturb each other. Every wait is
-`wait`: it spins briefly, yields, sleeps on a futex, and looks at the abort word each time it looks at all.
+`wait_at`: it spins briefly, yields, sleeps on a futex, and looks at the abort word each time it looks at all. It waits
+for words of other processes as well; then the number of sleepers lies beside the word, where they can see it.
 """
 
 from numba import types
@@ -10,6 +11,7 @@ from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import helper, kernel
 from tpcpu.kernels.memory import (
     call_kernel,
+    cycles,
     exchange,
     fetch_add,
     load_acquire,
@@ -32,6 +34,7 @@ from tpcpu.kernels.team_layout import (
     THREADS,
     TICKET,
     TIMEOUT,
+    TRACE,
     YIELDS,
 )
 
@@ -45,34 +48,58 @@ _CHILDREN = 4
 """Threads whose arrival one waits for: the barrier is a tree, so that a socket does not fight over one line."""
 
 
+ABORTED, TIRED = 1, 2
+"""Why a wait ended before its time."""
+
+_FOR_EVER = 1 << 62
+
+
 @helper
-def wait(address, target, team, spins):
-    """Until the word at `address` is at least `target`. Gives 1 if the team is aborted, else 0."""
+def wait_at(address, target, team, spins, sleepers, sleeps):
+    """Until the word at `address` is at least `target`: 0. `ABORTED` if the team is, `TIRED` after so many sleeps.
+
+    `sleepers` is the address where those count themselves who sleep on the word, and perhaps on others.
+    """
     looks = 0
     while load_acquire(address) < target:
         if load_acquire(team + ABORT) != 0:
-            return 1
+            return ABORTED
         looks += 1
         if looks <= spins:
             pause()
         elif looks <= spins + load_i64(team + YIELDS):
             _sched_yield()
+        elif sleeps == 0:
+            return TIRED
         else:
+            sleeps -= 1
             # Announced before the last look, so that whoever stores afterwards sees a sleeper and wakes it.
-            fetch_add(team + SLEEPERS, 1)
+            fetch_add(sleepers, 1)
             seen = load_acquire(address)
             if seen < target and load_acquire(team + ABORT) == 0:
                 _syscall(load_i64(team + FUTEX_CALL), address, _FUTEX_WAIT, seen & 0xFFFFFFFF, team + TIMEOUT, 0, 0)
-            fetch_add(team + SLEEPERS, -1)
+            fetch_add(sleepers, -1)
     return 0
 
 
 @helper
-def post(address, value, team):
-    """Stores `value` and wakes whoever sleeps on it."""
+def post_at(address, value, team, sleepers):
+    """Stores `value` and wakes whoever sleeps on it, in any process."""
     exchange(address, value)
-    if load_acquire(team + SLEEPERS) != 0:
+    if load_acquire(sleepers) != 0:
         _syscall(load_i64(team + FUTEX_CALL), address, _FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
+
+
+@helper
+def wait(address, target, team, spins):
+    """Until a word of the team is at least `target`. Gives 0, or `ABORTED`."""
+    return wait_at(address, target, team, spins, team + SLEEPERS, _FOR_EVER)
+
+
+@helper
+def post(address, value, team):
+    """Stores a word of the team and wakes whoever sleeps on it."""
+    post_at(address, value, team, team + SLEEPERS)
 
 
 @helper
@@ -100,11 +127,43 @@ def _walk(team, thread):
         step = load_i64(record + 8 * R.STEP)
         chosen = load_i64(step + 8 * R.CLASS)
         call_kernel(load_i64(record + 8 * (R.KERNELS + chosen)), record, thread, threads)
-        if threads > 1 and load_i64(record + 8 * R.BARRIER) != 0:
+        if threads > 1 and (load_i64(record + 8 * R.BARRIER) >> chosen) & 1:
             epoch += 1
             if _barrier(team, thread, threads, epoch):
                 return
         record += 8 * R.RECORD_WORDS
+
+
+@helper
+def _walk_timed(team, thread, trace):
+    """The same, and adds up the cycles of every kernel and of the wait after it."""
+    threads = load_i64(team + THREADS)
+    record, count = load_i64(team + JOB), load_i64(team + RECORD_COUNT)
+    times = trace + 16 * count * thread
+    epoch = load_acquire(team + RELEASE)
+    for _ in range(count):
+        step = load_i64(record + 8 * R.STEP)
+        chosen = load_i64(step + 8 * R.CLASS)
+        begin = cycles()
+        call_kernel(load_i64(record + 8 * (R.KERNELS + chosen)), record, thread, threads)
+        done = cycles()
+        if threads > 1 and (load_i64(record + 8 * R.BARRIER) >> chosen) & 1:
+            epoch += 1
+            if _barrier(team, thread, threads, epoch):
+                return
+        store_i64(times, load_i64(times) + done - begin)
+        store_i64(times + 8, load_i64(times + 8) + cycles() - done)
+        record += 8 * R.RECORD_WORDS
+        times += 16
+
+
+@helper
+def _walk_job(team, thread):
+    trace = load_i64(team + TRACE)
+    if trace:
+        _walk_timed(team, thread, trace)
+    else:
+        _walk(team, thread)
 
 
 @kernel("team-run")
@@ -116,7 +175,7 @@ def run(team, records, count):
     store_i64(team + JOB, records)
     store_i64(team + RECORD_COUNT, count)
     post(team + TICKET, load_acquire(team + TICKET) + 1, team)
-    _walk(team, 0)
+    _walk_job(team, 0)
 
 
 @kernel("team-work")
@@ -126,7 +185,7 @@ def work(team, thread, ticket):
         ticket += 1
         if wait(team + TICKET, ticket, team, load_i64(team + IDLE_SPINS)):
             return
-        _walk(team, thread)
+        _walk_job(team, thread)
 
 
 @kernel("team-wake")

@@ -13,7 +13,9 @@ RELEASE = 3 * LINE
 JOB = 4 * LINE
 """Address of the records to walk,"""
 RECORD_COUNT = 4 * LINE + 8
-"""and how many."""
+"""how many,"""
+TRACE = 4 * LINE + 16
+"""and where their times are added up: for each thread and record the cycles in the kernel and those after it. Or 0."""
 THREADS = 5 * LINE
 """What does not change: threads of the team,"""
 SPINS = 5 * LINE + 8

@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,22 +18,43 @@ from numpy.typing import NDArray
 from tpcpu.errors import LaunchError, RankError, TpcpuError, UsageError
 from tpcpu.parallel.announcement import announced
 
-AllReduceKind = Literal["ordered", "mpi"]
+if TYPE_CHECKING:
+    from tpcpu.parallel.team import Team
+
+AllReduceKind = Literal["window", "ordered", "mpi"]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """What a compiled step needs to join partial sums: an MPI function's address and its handles as 64-bit integers.
+    """What a compiled step needs to join partial sums.
 
-    `ordered`: MPI_Allgather with (float datatype, communicator); the caller adds the parts in rank order, so all ranks
-    hold the same bits. `mpi`: MPI_Allreduce with (float datatype, sum operation, communicator), in whatever order MPI
-    takes. A lone rank has function 0 and nothing to do. Only the thread that connected may call the function.
+    `window`: memory that all ranks share, in which each finds the others' parts and adds them in rank order: all ranks
+    hold the same bits. `ordered`: the same where not all can share memory, by an MPI function's address and its handles
+    as 64-bit integers: MPI_Allgather with (float datatype, communicator); the caller adds the parts in rank order.
+    `mpi`: MPI_Allreduce with (float datatype, sum operation, communicator), in whatever order MPI takes. `local`:
+    nothing is sent, and each rank takes its own part for the sum, to measure the time of all the rest. A lone rank has
+    nothing to do. Only the thread that connected may call the function.
     """
 
-    kind: AllReduceKind
+    kind: AllReduceKind | Literal["local"]
     function: int = 0
     handles: tuple[int, ...] = ()
+    table: int = 0
+    """Address of the window's table (`kernels/window_layout.py`),"""
+    own: int = 0
+    """of this rank's two halves for partial sums,"""
+    half_bytes: int = 0
+    """and their size."""
+    two_shot: int = 0
+    """Bytes of a message from which on the ranks divide the adding."""
+    keep: object = None
+    """What lives as long as the addresses are used."""
+
+    def place(self, message: int, nbytes: int) -> tuple[int, int]:
+        """The half of the window, and the place in it, of a program's message: they are taken in turn."""
+        places = max(self.half_bytes // nbytes, 1)
+        return message & 1, (message >> 1) % places * nbytes
 
 
 class Communicator(ABC):
@@ -51,7 +72,8 @@ class Communicator(ABC):
     """Names of the hosts, in the order of their first ranks."""
     host_of: tuple[int, ...]
     """For each rank, the index of its host in `hosts`."""
-    all_reduce: AllReduce
+    all_reduce_kind: AllReduceKind
+    """How partial sums are joined: what was asked for, or what works here."""
 
     @property
     def host_ranks(self) -> tuple[int, ...]:
@@ -77,6 +99,10 @@ class Communicator(ABC):
     def is_root(self) -> bool:
         """True on rank 0. Not collective."""
         return self.rank == 0
+
+    @abstractmethod
+    def all_reduce(self, team: "Team") -> AllReduce:
+        """What steps need that `team` walks, to join partial sums."""
 
     @abstractmethod
     def broadcast(self, array: NDArray[Any]) -> None:
@@ -151,13 +177,17 @@ class Communicator(ABC):
 class Solo(Communicator):
     """A lone rank: nothing is sent, MPI is never loaded, and no launcher is needed."""
 
-    def __init__(self, all_reduce: AllReduceKind = "ordered") -> None:
+    def __init__(self, all_reduce: AllReduceKind = "window") -> None:
         """Make the communicator of size 1."""
         self.rank = 0
         self.size = 1
         self.hosts = (os.uname().nodename,)
         self.host_of = (0,)
-        self.all_reduce = AllReduce(all_reduce)
+        self.all_reduce_kind = all_reduce
+
+    def all_reduce(self, team: "Team") -> AllReduce:  # noqa: ARG002
+        """Nothing is to be joined."""
+        return AllReduce(self.all_reduce_kind)
 
     def broadcast(self, array: NDArray[Any]) -> None:
         """Leave `array` as it is."""
@@ -197,14 +227,14 @@ class Solo(Communicator):
         os._exit(code)
 
 
-def connect(all_reduce: AllReduceKind = "ordered", environ: Mapping[str, str] = os.environ) -> Communicator:
+def connect(all_reduce: AllReduceKind = "window", environ: Mapping[str, str] = os.environ) -> Communicator:
     """Join the ranks that the launcher announced, or be a lone rank where it announced none. Collective.
 
     `all_reduce` says how partial sums are joined (see `AllReduce`). Raises LaunchError if the launcher announced
     several processes but the MPI library does not find them, or if there is no MPI library.
     """
-    if all_reduce not in ("ordered", "mpi"):
-        raise UsageError(f"all-reduce {all_reduce!r} is not known; 'ordered' and 'mpi' are")
+    if all_reduce not in get_args(AllReduceKind):
+        raise UsageError(f"all-reduce {all_reduce!r} is not known; 'window' and 'mpi' are")
     announcement = announced(environ)
     if announcement is None or announcement.size == 1:
         return Solo(all_reduce)

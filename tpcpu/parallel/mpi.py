@@ -6,11 +6,14 @@ blocking calls keep a core busy.
 """
 
 import ctypes
+import math
+import os
 import pickle
 import secrets
 import sys
 import time
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -29,10 +32,14 @@ from tpcpu.parallel.announcement import INTEL, MPICH, OPEN_MPI, SRUN, Announceme
 from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, check_counts  # noqa: E402
 from tpcpu.parallel.departure import Departure, begin  # noqa: E402
 from tpcpu.parallel.doorbell import Doorbell  # noqa: E402
+from tpcpu.parallel.exchanges import two_shot_bytes  # noqa: E402
 from tpcpu.parallel.lifeline import die_with_parent, parent_name  # noqa: E402
+from tpcpu.parallel.mailbox import ARRAY_BYTES, Mailbox  # noqa: E402
 from tpcpu.parallel.patience import Patience  # noqa: E402
 from tpcpu.parallel.segments import MPI_NAMES, mapped_segments, unlink_segments  # noqa: E402
+from tpcpu.parallel.team import Team  # noqa: E402
 from tpcpu.parallel.topology import Topology  # noqa: E402
+from tpcpu.parallel.window import Window, part_bytes  # noqa: E402
 
 MpiFunction = Literal["MPI_Allgather", "MPI_Allreduce"]
 
@@ -55,16 +62,36 @@ class Mpi(Communicator):
         self._mpi = MPI.COMM_WORLD.Dup()
         self.rank = self._mpi.rank
         self.size = self._mpi.size
-        self.all_reduce = self._all_reduce(all_reduce)
+        self.all_reduce_kind = all_reduce
         self._patience = Patience()
         self._departure: Departure | None = None
         self._messages = 0
         self._meet()
+        window = self._share_memory() if all_reduce == "window" else None
+        if all_reduce == "window" and window is None:
+            self.all_reduce_kind = "ordered"
         unlink_segments(mapped_segments() - foreign)
-        self._patience = Patience(crowded=self.host_size > len(Topology.detect().cores))
-        self._hang_bells()
+        crowded = self.host_size > len(Topology.detect().cores)
+        self._patience = Patience(crowded)
+        self._window = window
+        self._mailbox = Mailbox(window, crowded, self._look) if window else None
+        if window is None:
+            self._hang_bells()
         self._departure = begin(MPI.COMM_WORLD.Dup, lambda rank: self._name([rank]), self.abort)
         self._departure.called = self._called
+
+    def all_reduce(self, team: Team) -> AllReduce:
+        """The window, with the number of threads of every rank, or MPI's function with its handles."""
+        if self._window is None:
+            name: MpiFunction = "MPI_Allreduce" if self.all_reduce_kind == "mpi" else "MPI_Allgather"
+            return AllReduce(self.all_reduce_kind, *mpi_call(self._mpi, name))
+        threads: list[int] = self.all_gather(np.array([team.threads]))[:, 0].tolist()
+        call = self._window.all_reduce(threads)
+        if self.size < 3 or len(set(threads)) > 1:
+            return call
+        found = np.array([two_shot_bytes(call, team, self.barrier)])
+        self.broadcast(found)
+        return self._window.all_reduce(threads, int(found[0]))
 
     def broadcast(self, array: NDArray[Any]) -> None:
         """Overwrite `array` on every rank with rank 0's."""
@@ -73,14 +100,18 @@ class Mpi(Communicator):
     def gather(self, local: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]] | None:
         """The ranks' arrays on rank 0, as one buffer cut into views."""
         check_counts(local, counts, self.rank, self.size)
-        row = local.dtype.itemsize * int(np.prod(local.shape[1:], dtype=np.int64))
+        row = local.dtype.itemsize * math.prod(local.shape[1:])
         lengths = [count * row for count in counts]
+        if self._mailbox is not None and max(lengths) <= ARRAY_BYTES:
+            received = np.empty((sum(counts), *local.shape[1:]), local.dtype) if self.is_root else None
+            self._mailbox.gather(_bytes(local), lengths, None if received is None else _bytes(received))
+            return None if received is None else _split(received, counts)
         if not self.is_root:
             self._wait(self._mpi.Igatherv(_bytes(local), None, root=0))
             return None
         received = np.empty((sum(counts), *local.shape[1:]), local.dtype)
         self._wait(self._mpi.Igatherv(_bytes(local), [_bytes(received), lengths], root=0))
-        return np.split(received, np.cumsum(counts)[:-1])
+        return _split(received, counts)
 
     def all_gather(self, array: NDArray[Any]) -> NDArray[Any]:
         """The arrays of all ranks on a new first axis."""
@@ -97,6 +128,9 @@ class Mpi(Communicator):
         assert self.is_root
         assert self._departure is not None
         self._departure.look_before_sending()
+        if self._mailbox is not None:
+            self._mailbox.send(_bytes(array))
+            return
         request = self._mpi.Ibcast(_bytes(array), root=0)
         self._messages += 1
         self._bell.ring(self._sleepers, self._messages)
@@ -105,6 +139,9 @@ class Mpi(Communicator):
     def wait_message(self, array: NDArray[Any]) -> None:
         """The others' side."""
         assert not self.is_root
+        if self._mailbox is not None:
+            self._mailbox.take(_bytes(array))
+            return
         self._wait(self._mpi.Ibcast(_bytes(array), root=0), self._bell if self._is_rung else None)
         self._messages += 1
 
@@ -142,6 +179,9 @@ class Mpi(Communicator):
 
     def _called(self, seconds: float) -> bool:
         """Sleep that long, or until the bell rings; True if rank 0 has sent a message that this rank did not take."""
+        if self._mailbox is not None:
+            time.sleep(seconds)
+            return not self.is_root and self._mailbox.is_waiting
         if not self._is_rung:
             time.sleep(seconds)
             return False
@@ -173,12 +213,52 @@ class Mpi(Communicator):
         rung = self.all_gather_object(self._is_rung)
         self._sleepers = [name for name, hears in zip(names, rung, strict=True) if hears]
 
-    def _all_reduce(self, kind: AllReduceKind) -> AllReduce:
-        if kind == "ordered":
-            function, handles = mpi_call(self._mpi, "MPI_Allgather")
-        else:
-            function, handles = mpi_call(self._mpi, "MPI_Allreduce")
-        return AllReduce(kind, function, handles)
+    def _look(self) -> None:
+        if self._departure is not None:
+            self._departure.look()
+
+    def _share_memory(self) -> Window | None:
+        """The window of this job's ranks, if they are on one host and can share memory. Collective."""
+        if self.host_size < self.size:
+            return None
+        problem = _shortage(self.size) if self.is_root else None
+        found: MPI.Win | None = None
+        if not self.broadcast_object(problem or ""):
+            try:
+                found = _allocate_shared(self._mpi, part_bytes(self.size))
+            except MPI.Exception as error:
+                problem = f"MPI_Win_allocate_shared: {error.Get_error_string()}"
+        problems = [each for each in self.all_gather_object(problem) if each]
+        if problems or found is None:
+            if self.is_root:
+                sys.stderr.write(
+                    f"tpcpu: note: ranks share no memory, and join their sums by messages: {problems[0]}\n"
+                )
+            return None
+        parts = [found.Shared_query(rank)[0].address for rank in range(self.size)]
+        window = Window(self.rank, parts, found)
+        self.barrier()
+        return window
+
+
+def _allocate_shared(comm: MPI.Intracomm, nbytes: int) -> MPI.Win:
+    """Memory of each rank that all can reach, each rank's on pages of its own."""
+    info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
+    try:
+        return MPI.Win.Allocate_shared(nbytes, 1, info, comm)
+    finally:
+        info.Free()
+
+
+def _shortage(ranks: int) -> str | None:
+    """What is said where shared memory has no room for the parts of so many ranks: touching them would be fatal."""
+    needed = ranks * part_bytes(ranks)
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    free = found.f_bavail * found.f_frsize
+    return f"/dev/shm has {free >> 20} MB free, {-(-needed >> 20)} MB are needed" if free < needed else None
 
 
 def mpi_call(comm: MPI.Comm, name: MpiFunction) -> tuple[int, tuple[int, ...]]:
@@ -208,6 +288,12 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     if not array.flags.c_contiguous:
         raise ValueError(f"an array of shape {array.shape} is to be sent, but it is not C-contiguous")
     return array.reshape(-1).view(np.uint8)
+
+
+def _split(array: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
+    """Views of so many rows each."""
+    ends = list(accumulate(counts, initial=0))
+    return [array[begin:end] for begin, end in pairwise(ends)]
 
 
 def _foreign_segments() -> frozenset[str]:

@@ -22,7 +22,7 @@ from tpcpu.kernels.compile import prepare
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
-_FUTEX_CALLS = {"x86_64": 202, "AMD64": 202, "aarch64": 98}
+FUTEX_CALLS = {"x86_64": 202, "AMD64": 202, "aarch64": 98}
 
 SPINS, SPINS_CROWDED = 2000, 200
 """Looks before yielding; few when threads outnumber cores, so that those with work get to run."""
@@ -59,7 +59,7 @@ class Team:
         self._set(layout.SPINS, SPINS_CROWDED if crowded else SPINS)
         self._set(layout.YIELDS, YIELDS)
         self._set(layout.IDLE_SPINS, SPINS_CROWDED if crowded else IDLE_SPINS)
-        self._set(layout.FUTEX_CALL, _FUTEX_CALLS[platform.machine()])
+        self._set(layout.FUTEX_CALL, FUTEX_CALLS[platform.machine()])
         self._set(layout.TIMEOUT, SLEEP_SECONDS)
         self._place = {cpus[0]} if pinned else None
         self._numbers = 0
@@ -92,6 +92,20 @@ class Team:
             self._run(self.address, address, count)
         finally:
             os.sched_setaffinity(0, before)
+
+    @contextmanager
+    def timed(self, records: int) -> Iterator[NDArray[np.int64]]:
+        """Inside, every walk of `records` records adds to (threads, records, 2) int64: cycles in kernels, and after.
+
+        What a thread waits for the others is after the kernel. Nothing else may be walked meanwhile.
+        """
+        # Kept beyond: a worker may still note its last wait when the walk is over.
+        self._times = times = np.zeros((self.threads, records, 2), np.int64)
+        self._set(layout.TRACE, times.ctypes.data)
+        try:
+            yield times
+        finally:
+            self._set(layout.TRACE, 0)
 
     @contextmanager
     def placed(self) -> Iterator[None]:
