@@ -90,6 +90,10 @@ class Checkpoint:
         """
         return self._owners[self[name].name].array(self.tensors[name])
 
+    def is_mapped(self, name: str) -> bool:
+        """Whether `array` gives the file's own pages, which can be dropped and come back; else it gives a copy."""
+        return self._owners[self[name].name].is_mapped(self.tensors[name])
+
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of the tensor's bytes `start` to `stop` back. Views stay valid: they are read again."""
         self._advise(name, start, stop, mmap.MADV_DONTNEED)

@@ -53,12 +53,16 @@ class MappedFile:
         count = tensor.nbytes // dtype.itemsize
         return np.frombuffer(self._map, dtype, count, self.header.offsets[tensor.name]).reshape(tensor.shape)
 
+    def is_mapped(self, tensor: StoredTensor) -> bool:  # noqa: ARG002
+        """Whether `array` is a view of the file's pages."""
+        return True
+
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
         """Advice for the bytes `start` to `stop` of the tensor."""
         if self._map is not None and stop > start:
-            begin = self.header.offsets[tensor.name] + start
-            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(advice, page, begin + stop - start - page)
+            # Not the method of mmap: that holds the interpreter lock while the disk is waited for.
+            base = np.frombuffer(self._map, np.uint8).ctypes.data
+            advise(base + self.header.offsets[tensor.name] + start, stop - start, advice)
 
     def close(self) -> None:
         """Let go of the file; its pages go with the last view."""

@@ -45,6 +45,10 @@ class TorchFile:
         view.flags.writeable = False
         return view
 
+    def is_mapped(self, tensor: StoredTensor) -> bool:
+        """Whether `array` is a view of the file's pages."""
+        return bool(self._loaded[tensor.name].is_contiguous())
+
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
         """Advice for the bytes `start` to `stop` of the tensor. The mapping is private, but nobody writes to it."""
         stored = self._loaded[tensor.name]

@@ -36,6 +36,10 @@ class ByteProgress:
             # What was done by an earlier run, or before the first call, is no measure of speed.
             self._began = self._told = now
             self._before = done
+        if done >= total:
+            # Whoever works says how it went; nothing must be in the way.
+            self.close()
+            return
         if not self._output.speaks or now - self._began < SLOW_SECONDS:
             return
         if sys.stderr.isatty():

@@ -6,6 +6,7 @@ weights are the same whatever the number of ranks.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,14 +27,17 @@ from tpcpu.parallel.communicator import Communicator
 from tpcpu.parallel.numa import Arena, arena
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.parallel.team import Team
-from tpcpu.program.compiled import Weights
 from tpcpu.program.operations import BLOCK, Kind, Weight
+from tpcpu.program.products import Weights
 from tpcpu.program.weights import Packed, Packer, Source, Table, Vector, packed_bytes, packing_kernels, padded
 
 GROUP = 256
 
 _PIECE_BYTES = 8 << 20
 """Source bytes that a thread converts at a time; their pages are given back afterwards."""
+
+NOTICED_SECONDS = 0.5
+"""Loading that took less is not worth a line."""
 
 _KERNEL_DTYPES = {floats.BFLOAT16: kernels.BF16, floats.FLOAT16: kernels.F16, floats.FLOAT32: kernels.F32}
 
@@ -48,6 +52,10 @@ class Loader:
         self._progress = progress
         self._cpus = set(cpus)
         self._multiplied: set[str] = set()
+        self.nbytes = 0
+        """Bytes of weights that this rank has read,"""
+        self.seconds = 0.0
+        """and how long that took, repacking and all."""
 
     def load(self, bindings: list[Binding]) -> tuple[Weights, Arena]:
         """The weights by name and kind, and the arena that holds the packed ones. Raises CheckpointError."""
@@ -61,6 +69,8 @@ class Loader:
         self._multiplied.update(binding.weight.name for binding in packed)
         total = sum(self._share_bytes(binding) for binding in bindings)
         done, error = 0, None
+        began = time.perf_counter()
+        self._progress.advance(0, total)
         # A thread inherits the affinity of the one that makes it, and this one may be pinned.
         with ThreadPoolExecutor(len(self._cpus), initializer=os.sched_setaffinity, initargs=(0, self._cpus)) as pool:
             for binding in bindings:
@@ -72,7 +82,11 @@ class Loader:
                     error = error or problem
                 done += self._share_bytes(binding)
                 self._progress.advance(done, total)
+        self.nbytes, self.seconds = done, time.perf_counter() - began
         self._communicator.raise_together(error)
+        if self.seconds >= NOTICED_SECONDS:
+            speed = self.nbytes / self.seconds / 1e9
+            self._progress.say(f"read {self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s, {speed:.1f} GB/s")
         return weights, memory
 
     def _bind(self, binding: Binding, pool: ThreadPoolExecutor, packer: Packer) -> Packed | Table | Vector:
@@ -80,18 +94,19 @@ class Loader:
         if weight.kind is Kind.VECTOR:
             return self._vector(weight)
         if weight.kind is Kind.EMBEDDING:
-            return self._table(binding)
+            return self._table(binding, pool)
         packed = packer.pack(weight, _Slicer(self._checkpoint, self._communicator, pool, binding).source())
         self._checkpoint.release(weight.name)
         return packed
 
-    def _table(self, binding: Binding) -> Table:
+    def _table(self, binding: Binding, pool: ThreadPoolExecutor) -> Table:
         """The rows where they lie. The ranks look through them together, unless they do so for the head."""
         name = binding.weight.name
         rows = self._checkpoint.array(name)
         if name not in self._multiplied:
             part = Share(self._communicator.rank, self._communicator.size).split(len(rows))
-            _refuse_not_finite(self._checkpoint, name, rows[part.start : part.stop])
+            if not _all_finite(pool, rows[part.start : part.stop]):
+                raise _not_finite(self._checkpoint, name)
             self._checkpoint.release(name)
         return Table(rows, binding.form)
 
@@ -100,7 +115,9 @@ class Loader:
         weight = binding.weight
         if weight.kind is Kind.EMBEDDING:
             return 0
-        return self._checkpoint[weight.name].nbytes * weight.size // max(weight.full_rows * weight.full_columns, 1)
+        parts = (weight.name, *nf4.part_names(weight.name), int8.scale_name(weight.name))
+        stored = sum(self._checkpoint[part].nbytes for part in parts if part in self._checkpoint.tensors)
+        return stored * weight.size // max(weight.full_rows * weight.full_columns, 1)
 
     def _vector(self, weight: Weight) -> Vector:
         values = floats.to_float32(self._checkpoint.array(weight.name))[weight.rows.start : weight.rows.stop]
@@ -137,8 +154,9 @@ class _Slicer:
             if held != "int8":
                 return self._floats(int8.dequantize(whole))
             scales = whole.scales[self._rows, self._slice(BLOCK)]
-            _refuse_not_finite(self._checkpoint, int8.scale_name(name), scales)
-            return Source(R.INT8, whole.values[self._rows, self._slice()], scales)
+            self._refuse_not_finite(int8.scale_name(name), scales)
+            values = whole.values[self._rows, self._slice()]
+            return Source(R.INT8, values, scales, mapped=self._mapped(values))
         array = self._checkpoint.array(name)
         match held:
             case "nf4":
@@ -151,6 +169,11 @@ class _Slicer:
         """The columns, counted in units of so many."""
         return slice(self._columns.start // unit, self._columns.stop // unit)
 
+    def _mapped(self, values: NDArray[Any]) -> bool:
+        """Whether these lie in the file's pages, and not in a copy."""
+        name = self._weight.name
+        return self._checkpoint.is_mapped(name) and np.may_share_memory(values, self._checkpoint.array(name))
+
     def _matrix(self, array: NDArray[Any]) -> NDArray[Any]:
         return array.reshape(self._weight.full_rows, self._weight.full_columns)
 
@@ -160,41 +183,40 @@ class _Slicer:
         scales = tensor.absmax.reshape(rows, columns // BLOCK)[self._rows, self._slice(BLOCK)]
         name = self._weight.name
         if not tensor.nested:
-            _refuse_not_finite(self._checkpoint, f"{name}.absmax", scales)
-            return Source(R.NF4_SINGLE, codes, scales.view(np.float32))
-        _refuse_not_finite(self._checkpoint, f"{name}.nested_absmax", tensor.nested_absmax)
-        _refuse_not_finite(self._checkpoint, f"{name}.nested_quant_map", tensor.nested_code)
-        return self._nested(codes, scales, tensor.nested_absmax, tensor.nested_code, float(tensor.offset))
+            self._refuse_not_finite(f"{name}.absmax", scales)
+            return Source(R.NF4_SINGLE, codes, scales.view(np.float32), mapped=self._mapped(codes))
+        self._refuse_not_finite(f"{name}.nested_absmax", tensor.nested_absmax)
+        self._refuse_not_finite(f"{name}.nested_quant_map", tensor.nested_code)
+        return self._nested(
+            codes, scales, tensor.nested_absmax, tensor.nested_code, float(tensor.offset), self._mapped(codes)
+        )
 
     def _nested(
         self, codes: NDArray[np.uint8], scales: NDArray[Any], groups: NDArray[np.float32],
-        code: NDArray[np.float32], offset: float,
+        code: NDArray[np.float32], offset: float, mapped: bool = False,
     ) -> Source:  # fmt: skip
         """Only those group scales are kept that this rank's rows use."""
         blocks = self._weight.full_columns // BLOCK
         used = (self._weight.rows * blocks).blocks(GROUP)
         kept = np.array(groups[used.start : used.stop], np.float32)
-        return Source(R.NF4, codes, scales, kept, used.start, code, offset)
+        return Source(R.NF4, codes, scales, kept, used.start, code, offset, mapped)
 
     def _floats(self, array: NDArray[Any]) -> Source:
         """Rows and columns as floats of the held format, all finite."""
         local = self._matrix(array)[self._rows, self._slice()]
-        if local.size:
-            _refuse_not_finite(self._checkpoint, self._weight.name, local)
+        self._refuse_not_finite(self._weight.name, local)
         held = self._binding.held
         name = {"bf16": "bfloat16", "f16": "float16", "float32": "float32"}[held]
         assert floats.FLOATS[name] == float_dtype(held)
         if local.dtype != float_dtype(held):
             local = floats.convert(np.ascontiguousarray(local), name)
-        return Source(self._binding.form, local)
+        return Source(self._binding.form, local, mapped=self._mapped(local))
+
+    def _refuse_not_finite(self, name: str, values: NDArray[Any]) -> None:
+        if not _all_finite(self._pool, values):
+            raise _not_finite(self._checkpoint, name)
 
     # Quantising while loading
-
-    def _in_pieces(self, rows: int, row_bytes: int, work: Callable[[int, int], Any]) -> list[Any]:
-        """`work(first, last)` over ranges of rows, by all threads; the results in order."""
-        step = max(1, _PIECE_BYTES // max(row_bytes, 1))
-        pieces = [(first, min(first + step, rows)) for first in range(0, rows, step)]
-        return list(self._pool.map(lambda piece: work(*piece), pieces))
 
     def _maxima(self, matrix: NDArray[Any], rows: Range, columns: Range) -> NDArray[np.float32]:
         """Block maxima (rows, blocks) of a region; NaN where a block holds anything that is not finite."""
@@ -213,7 +235,7 @@ class _Slicer:
             self._release(matrix, rows.start + first, rows.start + last)
 
         if region.size:
-            self._in_pieces(len(rows), len(columns) * matrix.itemsize, work)
+            _in_pieces(self._pool, len(rows), len(columns) * matrix.itemsize, work)
         return maxima
 
     def _release(self, matrix: NDArray[Any], first: int, last: int) -> None:
@@ -252,7 +274,7 @@ class _Slicer:
             self._release(matrix, self._rows.start + first, self._rows.start + last)
 
         if local.size:
-            self._in_pieces(len(local), local.shape[1] * local.itemsize, work)
+            _in_pieces(self._pool, len(local), local.shape[1] * local.itemsize, work)
         local_scales = scales.reshape(rows, blocks)[self._rows, self._slice(BLOCK)]
         return self._nested(codes, local_scales, groups, DYNAMIC_MAP, float(offset))
 
@@ -274,19 +296,31 @@ class _Slicer:
             self._release(matrix, self._rows.start + first, self._rows.start + last)
 
         if local.size:
-            self._in_pieces(len(local), local.shape[1] * local.itemsize, work)
+            _in_pieces(self._pool, len(local), local.shape[1] * local.itemsize, work)
         return Source(R.INT8, values, scales)
 
 
-def _refuse_not_finite(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> None:
-    """By the bits: a float is not finite when its exponent is all ones, whatever numpy knows of its dtype."""
-    exponents = {floats.FLOAT32: 0x7F800000, floats.BFLOAT16: 0x7F80, floats.FLOAT16: 0x7C00}
-    bits: NDArray[Any] = values.view(np.uint32 if values.dtype == floats.FLOAT32 else np.uint16)
-    exponent = bits.dtype.type(exponents[values.dtype])
-    for first in range(0, len(bits), 1024):
-        part = bits[first : first + 1024]
-        if ((part & exponent) == exponent).any():
-            raise _not_finite(checkpoint, name)
+def _in_pieces(pool: ThreadPoolExecutor, rows: int, row_bytes: int, work: Callable[[int, int], Any]) -> list[Any]:
+    """`work(first, last)` over ranges of rows, by all threads; the results in order."""
+    step = max(1, _PIECE_BYTES // max(row_bytes, 1))
+    pieces = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    return list(pool.map(lambda piece: work(*piece), pieces))
+
+
+def _all_finite(pool: ThreadPoolExecutor, values: NDArray[Any]) -> bool:
+    """Of floats as they are stored: one dimension, or rows whose columns lie together."""
+    if not values.size:
+        return True
+    rows = values.reshape(1, -1) if values.ndim == 1 else values
+    assert rows.ndim == 2
+    assert rows.strides[1] == rows.itemsize
+
+    def work(first: int, last: int) -> bool:
+        address = rows[first:].ctypes.data
+        dtype = _KERNEL_DTYPES[rows.dtype]
+        return bool(kernels.all_finite(dtype, address, last - first, rows.shape[1], rows.strides[0]))
+
+    return all(_in_pieces(pool, len(rows), rows.shape[1] * rows.itemsize, work))
 
 
 def _not_finite(checkpoint: Checkpoint, name: str) -> CheckpointError:

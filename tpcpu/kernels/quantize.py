@@ -146,6 +146,27 @@ def block_maxima(dtype, source, rows, blocks, stride, maxima, maxima_stride):
     return worst
 
 
+@function(types.boolean(*[types.int64] * 5))
+def all_finite(dtype, source, rows, columns, stride):
+    """Whether no value of a region is NaN or infinity; `columns` of any number, `stride` bytes from row to row."""
+    for row in range(rows):
+        if dtype == F32:
+            single = _u32(source + row * stride)
+            high = np.uint32(0)
+            for i in range(columns):
+                high = max(high, single[i] & np.uint32(0x7FFFFFFF))
+            finite = high < np.uint32(0x7F800000)
+        else:
+            short = _u16(source + row * stride)
+            top = np.uint16(0)
+            for i in range(columns):
+                top = max(top, np.uint16(short[i] & np.uint16(0x7FFF)))
+            finite = top < np.uint16(0x7F80 if dtype == BF16 else 0x7C00)
+        if not finite:
+            return False
+    return True
+
+
 @njit(**_INLINED)
 def _nf4_code(x):
     # The number of decision points below x. Written out: LLVM vectorises this, but not a search in a table.
