@@ -179,17 +179,33 @@ def test_a_message_is_the_same_for_every_rank():
         assert {one.message_bytes for one in spent} == {8192}
 
 
+def layer_waits(program, number=3):
+    """Names of a layer's operations before or in which threads wait, each as often as they do."""
+    waits = zip(program.operations, program.layer_of, cost.barriers(program, Storage()), strict=True)
+    return [type(op).__name__ for op, layer, count in waits if layer == number for _ in range(count)]
+
+
 def test_barriers_follow_the_data():
-    """A Llama layer: before the norm, q k v, rotation, attention, output, sum; norm, gate and up, glu, down, sum."""
+    """A Llama layer: threads make norms, gates and roundings for themselves and wait only for each other's rows."""
     (program,) = world("llama-1b", 1)
-    waits = cost.barriers(program)
-    layer = [wait for wait, number in zip(waits, program.layer_of, strict=True) if number == 3]
     names = [type(op).__name__ for op, number in zip(program.operations, program.layer_of, strict=True) if number == 3]
     assert names == (
         "RmsNorm Linear RopeAndStore Attention Linear AllReduce Add RmsNorm Linear Glu Linear AllReduce Add".split()
     )
-    assert layer == [True] * 6 + [False] + [True] * 5 + [False]
-    assert not waits[0]
+    # Rotation and attention are one stage, with a wait inside; the last sum joins the next layer's norm.
+    assert layer_waits(program) == "RopeAndStore RopeAndStore Linear Add Glu Add".split()
+    assert cost.barriers_per_layer(program, Storage()) == 6
+
+
+def test_barriers_beside_an_exchange():
+    """Of several ranks, slices are added without a wait, and threads meet before they read the whole sum."""
+    program = world("llama-1b", 2)[0]
+    assert layer_waits(program) == "RmsNorm RopeAndStore RopeAndStore Linear RmsNorm Glu".split()
+
+
+def test_the_reference_job_waits_eight_times_a_layer():
+    for program in world("yuan2-102b", 4):
+        assert cost.barriers_per_layer(program, Storage()) <= 8
 
 
 def test_balance_over_threads():

@@ -16,8 +16,8 @@ def add_parser(subparsers: Any) -> None:
         help="print the program of a rank, with bytes; no weights are read",
         description="Prints the program that a rank runs for every token: operations, the part of each weight that the "
         "rank holds, and what that costs. No weights are read.",
-        epilog="| marks where the threads of a rank wait for one another. Ranges name the first and the last. "
-        "1 kB is 1000 bytes. What a fused kernel saves is not taken off.",
+        epilog="| marks where the threads of a rank wait for one another, once for each |, before or inside an "
+        "operation. Ranges name the first and the last. 1 kB is 1000 bytes.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="FILE", help="a config.json; no weights are needed")

@@ -83,7 +83,8 @@ def _text(
         "for every position",
         f"  messages       {spent.messages} all-reduces, {size(spent.message_bytes)}"
         + ("" if args.ranks > 1 else "; one rank sends nothing"),
-        f"  waits          {spent.barriers} of the rank's threads for one another",
+        f"  waits          {spent.barriers} of the rank's threads for one another, "
+        f"{cost.barriers_per_layer(shown, storage)} a layer",
     ]
     if args.threads:
         even = cost.balance(shown, args.threads, storage)
@@ -169,6 +170,7 @@ def _json(
         ],
         "embedding_bytes_per_host": cost.embedding_bytes(shown, storage),
         "bits_per_nf4_weight": cost.bits_per_nf4_weight(programs, storage),
+        "barriers_per_layer": cost.barriers_per_layer(shown, storage),
         "threads": args.threads,
         "balance": cost.balance(shown, args.threads, storage) if args.threads else None,
     }

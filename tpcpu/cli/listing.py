@@ -95,7 +95,7 @@ def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, 
     """The rows of one operation: one at least, and one for each weight that this rank multiplies."""
     operation, layer = program.operations[number], f".{program.layer_of[number]}."
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(operation).__name__).lstrip("_")
-    first = Row("|" if one.barriers else "", name, _data(operation, labels), "", _note(operation, one, program), "", "")
+    first = Row("|" * one.barriers, name, _data(operation, labels), "", _note(operation, one, program), "", "")
     if isinstance(operation, Linear):
         held = [(segment.weight, segment.bias) for segment in operation.segments if segment.weight.size]
         if not held:

@@ -43,7 +43,8 @@ class Cache:
             keys=[self._take(pages * size) for size in page_bytes],
             values=[self._take(pages * size) for size in page_bytes],
             page_bytes=page_bytes,
-            states=[self._take(sequences * size) for size in state_bytes],
+            # Two rows a sequence, see `kernels/activations.py`.
+            states=[self._take(2 * sequences * size) for size in state_bytes],
             state_bytes=state_bytes,
         )
         self._free_pages = list(reversed(range(pages)))

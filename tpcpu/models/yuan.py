@@ -93,13 +93,14 @@ def program(config: YuanConfig, share: Share) -> Program:
         lfa = f"{attn}.lf_gate"
         conv1 = p.matrix(f"{lfa}.conv1", (hidden // 2, hidden, 2, 1), rows=channels, bias=True, kind=Kind.CONV)
         conv2 = p.matrix(f"{lfa}.conv2", (hidden, hidden // 2, 2, 1), columns=channels * 2, kind=Kind.CONV)
+        # Values first, while threads have n at hand.
+        (v,) = p.linear(n, v=p.matrix(f"{attn}.v_proj", (hidden, hidden), rows=local * dim))
         y = p.short_conv(n, conv1, covering=(channels, hidden // 2))
         z = p.all_reduce(p.short_conv(y, conv2))
         filtered = p.rms_norm(
             p.add(n, z, p.vector(f"{lfa}.conv2.bias", hidden)), f"{lfa}.output_layernorm", LF_NORM_EPS
         )
 
-        (v,) = p.linear(n, v=p.matrix(f"{attn}.v_proj", (hidden, hidden), rows=local * dim))
         (qk,) = p.linear(filtered, qk=_stacked(p, attn, hidden, local * (2 * dim)))
         q = p.rope_and_store(
             Heads(qk, len(local), dim, 0, 2 * dim),

@@ -9,15 +9,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from statistics import mode
 
 from tpcpu.kernels.record import SPAN
 from tpcpu.parallel.partition import Range, Share
+from tpcpu.program.lowering import Joining, stages
 from tpcpu.program.operations import (
     BLOCK,
     Add,
     AllReduce,
     Attention,
-    Buffer,
     Embed,
     Glu,
     Kind,
@@ -29,8 +30,6 @@ from tpcpu.program.operations import (
     RopeAndStore,
     ShortConv,
     Weight,
-    inputs,
-    outputs,
     weights,
 )
 
@@ -124,7 +123,7 @@ class Cost:
     message_bytes: int = 0
     """The float32 part that this rank gives to them for one token."""
     barriers: int = 0
-    """Waits of a rank's threads for one another, as the operations stand: before any is joined to its neighbour."""
+    """Waits of a rank's threads for one another in a step of one token."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)))
@@ -137,9 +136,9 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 def costs(program: Program, storage: Storage) -> tuple[Cost, ...]:
     """The cost of each operation of a rank."""
-    waits = barriers(program)
+    waits = barriers(program, storage)
     return tuple(
-        _cost(operation, program, storage) + Cost(barriers=int(wait))
+        _cost(operation, program, storage) + Cost(barriers=wait)
         for operation, wait in zip(program.operations, waits, strict=True)
     )
 
@@ -181,24 +180,33 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             )
 
 
-def barriers(program: Program) -> tuple[bool, ...]:
-    """For each operation, whether threads wait for one another before it.
+def barriers(program: Program, storage: Storage) -> tuple[int, ...]:
+    """For each operation of one token how often threads wait for one another, before it and inside: as it is run.
 
-    They do where an operation may read what another thread has written since the last wait. Additions and
-    all-reduces are divided by columns, all in the same way, so that a chain of them crosses no threads.
+    The end of the step, where they meet once more, is not counted.
     """
-    written: dict[Buffer, bool] = {}
-    """Since the last wait; whether by columns."""
-    waits = []
-    for operation in program.operations:
-        by_columns = isinstance(operation, Add | AllReduce)
-        read = [written[buffer] for buffer in inputs(operation) if buffer in written]
-        crosses = bool(read) and not (by_columns and all(read))
-        if crosses:
-            written.clear()
-        written |= dict.fromkeys(outputs(operation), by_columns)
-        waits.append(crosses)
-    return tuple(waits)
+    joining = Joining.ALONE if program.share.size == 1 else Joining.WINDOW
+    integer = {
+        id(operation)
+        for operation in program.operations
+        if isinstance(operation, Linear | ShortConv | Logits)
+        and any(
+            storage.of(weight) not in FLOAT_BYTES for weight in weights(operation) if weight.kind is not Kind.VECTOR
+        )
+    }
+    waits = {}
+    for stage in stages(program, integer, joining=joining):
+        waits[id(stage.operations[0])] = int(stage.waits) + stage.inner_waits
+    return tuple(waits.get(id(operation), 0) for operation in program.operations)
+
+
+def barriers_per_layer(program: Program, storage: Storage) -> int:
+    """The waits of most layers; the first may have one more or less."""
+    counts = dict.fromkeys((layer for layer in program.layer_of if layer >= 0), 0)
+    for layer, wait in zip(program.layer_of, barriers(program, storage), strict=True):
+        if layer >= 0:
+            counts[layer] += wait
+    return mode(counts.values()) if counts else 0
 
 
 # Sums over a program, and over all ranks.
@@ -230,7 +238,7 @@ class Memory:
     cache: int
     """Keys and values of one sequence that fills the context."""
     states: int
-    """The convolutions' inputs of one sequence, float32."""
+    """The convolutions' last two inputs of one sequence, float32."""
 
     @property
     def total(self) -> int:
@@ -247,7 +255,7 @@ def memory(program: Program, storage: Storage, context: int, sequences: int = 1)
         ),
         vectors=sum(weight_bytes(weight, "float32") for weight in program.weights if weight.kind is Kind.VECTOR),
         cache=sum(2 * kv.heads * kv.head_dim for kv in program.kv) * FLOAT_BYTES[storage.cache] * context * sequences,
-        states=4 * sum(program.states) * sequences,
+        states=2 * 4 * sum(program.states) * sequences,
     )
 
 

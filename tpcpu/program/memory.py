@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel
 from tpcpu.parallel.numa import Arena, arena
+from tpcpu.program.lowering import Stage
 from tpcpu.program.operations import BLOCK, Buffer
 
 
@@ -20,7 +21,7 @@ class CacheMemory:
     """Where the cache of all sequences lies: what operations on it need to know, by layer or number of state.
 
     Keys of a page: heads x tiles of 16 positions x dim x 16; values: heads x positions x dim; bfloat16 if `half`,
-    else float32. States: one row of float32 a sequence.
+    else float32. States: two rows of float32 a sequence, one for its even positions and one for the odd.
     """
 
     half: bool
@@ -54,9 +55,10 @@ class Buffers:
     these is never written and has to stay zero.
     """
 
-    def __init__(self, tokens: int, last_use: Mapping[str, int]) -> None:
+    def __init__(self, tokens: int) -> None:
         self._tokens = tokens
-        self._last_use = last_use
+        self.last_use: Mapping[str, int] = {}
+        """The last stage that reads a buffer, by name; to be set before there are any."""
         self._places: dict[str, Place] = {}
         self._free: dict[tuple[int, int, int], list[Place]] = {}
         self._busy: list[tuple[int, tuple[int, int, int], Place]] = []
@@ -72,7 +74,7 @@ class Buffers:
         free = self._free.setdefault(kind, [])
         place = free.pop() if free else self._allocate(buffer)
         self._places[buffer.name] = place
-        self._busy.append((self._last_use.get(buffer.name, -1), kind, place))
+        self._busy.append((self.last_use.get(buffer.name, -1), kind, place))
         return place
 
     def alias(self, buffer: Buffer, of: Buffer) -> None:
@@ -80,8 +82,8 @@ class Buffers:
         self._places[buffer.name] = self._places[of.name]
 
     def release(self, stage: int) -> None:
-        """Takes back what no stage after this one reads."""
-        for entry in [entry for entry in self._busy if entry[0] <= stage]:
+        """Takes back what no stage from this one on reads. Threads must have met since the stages before."""
+        for entry in [entry for entry in self._busy if entry[0] < stage]:
             self._busy.remove(entry)
             self._free[entry[1]].append(entry[2])
 
@@ -98,19 +100,36 @@ class Buffers:
         return self._arenas[-1].address
 
 
+_ONE, _SEVERAL = 0b001, 0b110
+"""Bits of a record's barrier, by class of token counts."""
+
+
 @dataclass
 class Records:
     """The records of a program while they are written."""
 
     step: int
     kernels: set[Kernel] = field(default_factory=set)
+    stage: Stage = field(default_factory=lambda: Stage(()))
+    """What is being lowered,"""
+    stages: list[tuple[Stage, Kernel]] = field(default_factory=list)
+    """and for each record: what it came of, and its kernel for one token."""
     _rows: list[tuple[Sequence[Kernel], dict[int, int]]] = field(default_factory=list)
 
-    def add(self, kernels: Kernel | Sequence[Kernel], words: Mapping[int, int], *, barrier: bool = True) -> None:
-        """One record: a kernel, or one for each class of token counts, and its operands by word."""
+    def add(self, kernels: Kernel | Sequence[Kernel], words: Mapping[int, int], *, apart: bool = True) -> None:
+        """One record: a kernel, or one for each class of token counts, and its operands by word.
+
+        In steps of several tokens threads wait for one another after it, unless what follows is not `apart`.
+        """
         each = [kernels] * 3 if isinstance(kernels, Kernel) else kernels
         self.kernels.update(each)
-        self._rows.append((each, {R.BARRIER: int(barrier), R.STEP: self.step, **words}))
+        self.stages.append((self.stage, each[0]))
+        self._rows.append((each, {R.BARRIER: _SEVERAL if apart else 0, R.STEP: self.step, **words}))
+
+    def wait(self) -> None:
+        """In steps of one token, too, threads wait for one another after the last record."""
+        if self._rows:
+            self._rows[-1][1][R.BARRIER] |= _ONE
 
     @property
     def count(self) -> int:

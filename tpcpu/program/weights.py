@@ -3,6 +3,7 @@
 Knows memory layouts and formats by their kernels; nothing of checkpoints and models.
 """
 
+import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpcpu.kernels import pack
+from tpcpu.formats.tables import DYNAMIC_MAP, NF4_CODE
+from tpcpu.kernels import fill, pack
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel
 from tpcpu.kernels.isa import selected
@@ -36,7 +38,8 @@ class Source:
     Arrays are two-dimensional, one row per row of the matrix, the last axis contiguous: `values` holds 4-bit codes
     two to a byte (columns / 2 uint8), int8, or floats; `scales` holds scale codes (uint8) or scales (float32), one
     per block. `groups` are the float32 scales of groups of 256 blocks, from the group `first_group` of the whole
-    tensor on; `code` the 256 values of scale codes.
+    tensor on; `code` the 256 values of scale codes. `mapped`: `values` lie in a mapped file, whose pages are given
+    back as they are packed; never say so of memory that holds the only copy.
     """
 
     form: int
@@ -46,6 +49,69 @@ class Source:
     first_group: int = 0
     code: NDArray[np.float32] | None = None
     offset: float = 0.0
+    mapped: bool = False
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a region is filled: a kernel and its numbers, see `kernels.fill`."""
+
+    kernel: Kernel
+    seed: int
+    bits: int = 0
+    middle: float = 0.0
+    spread: float = 0.0
+
+    def record(self, address: int, nbytes: int, units: int) -> NDArray[np.int64]:
+        """Fills `nbytes` at `address`; threads divide the `units` of equal size that it consists of."""
+        record = np.zeros((1, R.RECORD_WORDS), np.int64)
+        record[0, R.KERNELS : R.KERNELS + 3] = self.kernel.address
+        record[0, R.BARRIER], record[0, R.STEP] = 0b111, _IDLE_STEP.ctypes.data
+        record[0, R.N_OUT], record[0, R.N_UNITS], record[0, R.N_UNIT_BYTES] = address, units, nbytes // units
+        record[0, R.N_SEED], record[0, R.N_SET] = self.seed, self.bits
+        record[0, R.N_MIDDLE], record[0, R.N_SPREAD] = float_bits(self.middle), float_bits(self.spread)
+        return record
+
+
+SCALE_SPREAD = 0.2
+"""Scales of random weights lie so far, in parts of their mean, to either side of it."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Random contents of a matrix: every code as likely as any other, the weights' standard deviation as told."""
+
+    form: int
+    deviation: float
+    seed: int
+
+    def draws(self) -> tuple[Draw, Draw | None]:
+        """For the values and for the scales."""
+        other = self.seed + (1 << 32)
+        match self.form:
+            case R.NF4:
+                return Draw(fill.fill_bytes, self.seed), Draw(fill.fill_bytes, other)
+            case R.INT8:
+                # The lowest bit keeps bytes away from -128, which no format stores.
+                scale = self.deviation / (256 / math.sqrt(12))
+                scales = Draw(fill.fill_float32, other, middle=scale, spread=SCALE_SPREAD * scale)
+                return Draw(fill.fill_bytes, self.seed, bits=0x0101010101010101), scales
+        kernel = fill.fill_bf16 if self.form == R.BF16 else fill.fill_float32
+        return Draw(kernel, self.seed, spread=math.sqrt(3) * self.deviation), None
+
+    def tables(self, weight: Weight) -> Source:
+        """A source of which only the tables of the scales are used."""
+        nothing = np.empty((0, 0), np.uint8)
+        if self.form != R.NF4:
+            return Source(self.form, nothing)
+        mean = self.deviation / float(np.sqrt(np.mean(np.square(NF4_CODE))))
+        used = (weight.rows * (weight.full_columns // BLOCK)).blocks(256)
+        groups = np.full(len(used), SCALE_SPREAD * mean, np.float32)
+        return Source(self.form, nothing, None, groups, used.start, DYNAMIC_MAP, mean)
+
+
+NOISE_FORMS = (R.NF4, R.INT8, R.BF16, R.FLOAT32)
+"""Formats that can be filled with noise."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +173,12 @@ def packing_kernels(forms: Iterable[int]) -> set[Kernel]:
     return {_packer(form) for form in wanted} | {pack.pack_elements(scales[form]) for form in wanted & set(scales)}
 
 
+def code_table(code: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The 256 values of scale codes as kernels look them up: as they are, then their bytes in four planes of 256."""
+    planes = np.ascontiguousarray(code.view(np.uint8).reshape(-1, 4).T)
+    return np.concatenate([code, planes.reshape(-1).view(np.float32)])
+
+
 class Packer:
     """Packs the matrices of one rank, one after another, into an arena; their kernels must have been prepared."""
 
@@ -118,16 +190,36 @@ class Packer:
     def pack(self, weight: Weight, source: Source) -> Packed:
         """Copies `source` into panels. Every thread writes the panels that it packs: first touch places the pages."""
         rows, columns = len(weight.rows), len(weight.columns)
-        values_bytes, scales_bytes = _sizes(rows, columns, source.form)
-        values, scales = self._take(values_bytes), self._take(scales_bytes)
+        values, scales = self._places(weight, source.form)
         jobs = []
         if rows and columns:
-            jobs.append(self._job(_packer(source.form), source.values, rows, _units(columns, source.form), values))
+            units = _units(columns, source.form)
+            jobs.append(self._job(_packer(source.form), source.values, rows, units, values, source.mapped))
             if source.scales is not None:
-                size = source.scales.itemsize
-                jobs.append(self._job(pack.pack_elements(size), source.scales, rows, columns // BLOCK, scales))
+                jobs.append(self._scales(source.scales, rows, columns // BLOCK, scales))
         if jobs:
             self._team.run(np.concatenate(jobs))
+        return self._finish(weight, source, values, scales)
+
+    def fill(self, weight: Weight, noise: Noise) -> Packed:
+        """Random contents in the place of a source's, written by the threads that would pack it."""
+        values, scales = self._places(weight, noise.form)
+        panels = -(-len(weight.rows) // PANEL_ROWS)
+        regions = zip((values, scales), _sizes(len(weight.rows), len(weight.columns), noise.form), strict=True)
+        drawn = zip(regions, noise.draws(), strict=True)
+        jobs = [draw.record(address, nbytes, panels) for (address, nbytes), draw in drawn if draw and nbytes]
+        if jobs:
+            self._team.run(np.concatenate(jobs))
+        return self._finish(weight, noise.tables(weight), values, scales)
+
+    def _places(self, weight: Weight, form: int) -> tuple[int, int]:
+        """Addresses for packed values and for scales."""
+        values, scales = _sizes(len(weight.rows), len(weight.columns), form)
+        return self._take(values), self._take(scales)
+
+    def _finish(self, weight: Weight, source: Source, values: int, scales: int) -> Packed:
+        """What lies in its places, with the tables of its scales."""
+        rows, columns = len(weight.rows), len(weight.columns)
         segment = np.zeros(R.SEGMENT_WORDS, np.int64)
         segment[R.S_VALUES], segment[R.S_SCALES] = values, scales
         segment[R.S_ROWS], segment[R.S_COLUMNS] = rows, columns
@@ -140,7 +232,7 @@ class Packer:
             blocks = weight.full_columns // BLOCK
             behind = PANEL_ROWS * blocks // 256 + 2
             groups = np.concatenate([source.groups, np.zeros(behind, np.float32)])
-            code = np.ascontiguousarray(source.code)
+            code = code_table(source.code)
             keep = [groups, code]
             segment[R.S_GROUPS] = groups.ctypes.data - 4 * source.first_group
             segment[R.S_CODE] = code.ctypes.data
@@ -148,7 +240,7 @@ class Packer:
             segment[R.S_FULL_BLOCKS] = blocks
             segment[R.S_FIRST_BLOCK] = weight.rows.start * blocks + weight.columns.start // BLOCK
         groups_bytes = 0 if source.groups is None else source.groups.nbytes
-        nbytes = values_bytes + scales_bytes + groups_bytes
+        nbytes = sum(_sizes(rows, columns, source.form)) + groups_bytes
         return Packed(weight, source.form, segment, nbytes, (self._arena, *keep))
 
     def _take(self, nbytes: int) -> int:
@@ -157,14 +249,21 @@ class Packer:
         assert self._used <= self._arena.nbytes
         return address
 
-    def _job(self, kernel: Kernel, source: NDArray[Any], rows: int, columns: int, out: int) -> NDArray[np.int64]:
+    def _scales(self, scales: NDArray[Any], rows: int, blocks: int, out: int) -> NDArray[np.int64]:
+        """Scales, or their codes, block by block, the rows of a panel together."""
+        return self._job(pack.pack_elements(scales.itemsize), scales, rows, blocks, out)
+
+    def _job(
+        self, kernel: Kernel, source: NDArray[Any], rows: int, columns: int, out: int, mapped: bool = False
+    ) -> NDArray[np.int64]:
         assert source.strides[1] == source.itemsize
         record = np.zeros((1, R.RECORD_WORDS), np.int64)
         record[0, R.KERNELS : R.KERNELS + 3] = kernel.address
-        record[0, R.BARRIER] = 1
+        record[0, R.BARRIER] = 0b111
         record[0, R.STEP] = _IDLE_STEP.ctypes.data
         record[0, R.P_SOURCE], record[0, R.P_ROW_BYTES] = source.ctypes.data, source.strides[0]
         record[0, R.P_ROWS], record[0, R.P_COLUMNS], record[0, R.P_OUT] = rows, columns, out
+        record[0, R.P_MAPPED] = mapped
         return record
 
 

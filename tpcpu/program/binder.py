@@ -1,0 +1,359 @@
+"""From stages to records: every buffer gets memory, every operation its kernels and their operands.
+
+Knows which kernel does what, and where what it needs lies; nothing of time and of batches, which `compiled.py` runs.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpcpu.kernels import activations, attention, exchange, kv_cache, messages, taps
+from tpcpu.kernels import record as R
+from tpcpu.parallel.communicator import AllReduce as AllReduceCall
+from tpcpu.program.lowering import Joining, Stage, stages
+from tpcpu.program.memory import Buffers, CacheMemory, Place, Records, last_uses, stride_bytes
+from tpcpu.program.operations import (
+    PIECE,
+    Add,
+    AllReduce,
+    Attention,
+    Buffer,
+    Embed,
+    Glu,
+    Kind,
+    Linear,
+    Logits,
+    Operation,
+    Program,
+    RmsNorm,
+    Rope,
+    RopeAndStore,
+    ShortConv,
+    inputs,
+    outputs,
+    weights,
+)
+from tpcpu.program.products import Bound, Input, Products, Weights
+from tpcpu.program.weights import Table, float_bits
+
+FEW_TOKENS = 8
+"""Up to so many tokens attention divides a head's cache over threads too."""
+
+
+class Binder:
+    """Writes the records of a program for a rank of `threads` threads; `step`: the address of its step's words.
+
+    `tokens` is the largest batch and `wanted` the most logits of one. What the records name lives as long as this.
+    """
+
+    def __init__(
+        self, program: Program, held: Weights, cache: CacheMemory, *, step: int, threads: int,
+        all_reduce: AllReduceCall | None, exact: bool, tokens: int, wanted: int, join: bool,
+    ) -> None:  # fmt: skip
+        self._program, self._weights, self._cache, self._all_reduce = program, held, cache, all_reduce
+        self._tokens, self._wanted, self._threads = tokens, wanted, threads
+        self._count = {name: step + 8 * word for name, word in (("tokens", R.TOKENS), ("wanted", R.WANTED))}
+        self._attention_rooms: dict[tuple[int, int], tuple[int, int]] = {}
+        self._interleaved: dict[int, int] = {}
+        self._rope_tables: dict[Rope, NDArray[np.float32]] = {}
+        self._received = 0
+        self._sent = [op.x for op in program.operations if isinstance(op, AllReduce)]
+        """Partial sums that go to the other ranks, message by message."""
+        products = [op for op in program.operations if isinstance(op, Linear | ShortConv)]
+        self._multiplied = {out for op in products for out in outputs(op)}
+        self.records = Records(step)
+        self.buffers = Buffers(tokens)
+        self._products = Products(
+            held, self.buffers, self.records, threads=threads, rows=max(tokens, wanted), exact=exact
+        )
+        self.logits = Place(0, 0, 0)
+        """Where the logits of the wanted tokens go."""
+        self._bind(join)
+
+    def _bind(self, join: bool) -> None:
+        program = self._program
+        alone = program.share.size == 1
+        aliases = {op.out.name: op.x.name for op in program.operations if isinstance(op, AllReduce)} if alone else {}
+        integer = {id(op) for op in program.operations if self._is_integer(op)}
+        planned = stages(program, integer, joining=self._joining(), join=join)
+        self.buffers.last_use = last_uses(
+            [[buffer for op in stage.operations for buffer in inputs(op)] for stage in planned], aliases
+        )
+        for number, stage in enumerate(planned):
+            self.records.stage = stage
+            if stage.waits:
+                self.records.wait()
+                self.buffers.release(number)
+            self._lower(stage)
+        self.records.wait()
+
+    def _is_integer(self, op: Operation) -> bool:
+        """Whether any product of this operation takes int8 activations."""
+        if not isinstance(op, Linear | ShortConv | Logits):
+            return False
+        return self._products.is_integer(weight for weight in weights(op) if weight.kind is not Kind.VECTOR)
+
+    def _joining(self) -> Joining:
+        if self._program.share.size == 1:
+            return Joining.ALONE
+        assert self._all_reduce is not None
+        return Joining.WINDOW if self._all_reduce.kind in ("window", "local") else Joining.CALL
+
+    def _lower(self, stage: Stage) -> None:
+        match stage.operations:
+            case (Add() as add, RmsNorm() as norm):
+                self._norm(norm, add, stage.rounded)
+            case (RmsNorm() as norm,):
+                self._norm(norm, None, stage.rounded)
+            case (Embed() as op,):
+                self._embed(op)
+            case (Add() as op,):
+                out = self.buffers.new(op.out)
+                words = {**self._sum_inputs(op), R.TOTAL: out.address, R.TOTAL_STRIDE: out.stride}
+                self.records.add(activations.add, words)
+            case (Linear() as op,):
+                self._linear(op, stage.from_copy)
+            case (ShortConv() as op,):
+                self._short_conv(op, stage.from_copy)
+            case (RopeAndStore() as rope, Attention() as op):
+                self._attention(rope, op)
+            case (Glu() as op,):
+                self._glu(op, stage.rounded)
+            case (AllReduce() as op,):
+                self._exchange(op, None)
+            case (AllReduce() as op, Add() as add):
+                self._exchange(op, add)
+            case (Logits() as op,):
+                self._head(op, stage.from_copy)
+            case _:
+                raise AssertionError(stage)
+
+    def _embed(self, op: Embed) -> None:
+        table = self._weights[op.weight.name, op.weight.kind]
+        assert isinstance(table, Table)
+        rows = table.rows
+        out = self.buffers.new(op.out)
+        words = {R.IN: rows.ctypes.data, R.IN_STRIDE: rows.strides[0], R.ELEMENT: table.form}
+        self.records.add(
+            activations.embed, {**words, R.OUT: out.address, R.OUT_STRIDE: out.stride, R.WIDTH: op.out.width}
+        )
+
+    def _sum_inputs(self, op: Add) -> dict[int, int]:
+        x, y = self.buffers[op.x], self.buffers[op.y]
+        return {
+            R.IN: x.address, R.IN_STRIDE: x.stride, R.SECOND: y.address, R.SECOND_STRIDE: y.stride,
+            R.BIAS: self._products.vector(op.bias) if op.bias else 0, R.WIDTH: op.out.width,
+        }  # fmt: skip
+
+    def _norm(self, op: RmsNorm, add: Add | None, rounded: bool) -> None:
+        words: dict[int, int] = {}
+        if add is None:
+            x = self.buffers[op.x]
+            words.update({R.IN: x.address, R.IN_STRIDE: x.stride})
+        else:
+            words.update(self._sum_inputs(add))
+            total = self.buffers.new(add.out)
+            words.update({R.TOTAL: total.address, R.TOTAL_STRIDE: total.stride})
+        out = self.buffers.new(op.out)
+        words.update({R.OUT: out.address, R.OUT_STRIDE: out.stride, R.WIDTH: op.out.width})
+        words.update({R.WEIGHT: self._products.vector(op.weight), R.EPS: float_bits(op.eps)})
+        if rounded:
+            words.update(self._products.round_to(op.out).words())
+        words.update(self._products.copies(RmsNorm, op.out.width))
+        several = activations.rms_norm
+        self.records.add([activations.rms_norm_one, several, several], words)
+
+    def _glu(self, op: Glu, rounded: bool) -> None:
+        x, y, out = self.buffers[op.activated], self.buffers[op.linear], self.buffers.new(op.out)
+        words = {**_between(x, out, len(op.out.own)), R.OUT: out.own, R.SECOND: y.address, R.SECOND_STRIDE: y.stride}
+        if rounded:
+            words.update(self._products.round_to(op.out).words())
+        words.update(self._products.copies(Glu, op.out.width))
+        one = activations.glu if op.out.own.start else activations.glu_one
+        self.records.add([one, activations.glu, activations.glu], words)
+
+    def _copies_of(self, x: Buffer) -> int:
+        """Where threads have their copies of x."""
+        kind = next(type(op) for op in self._program.operations if isinstance(op, RmsNorm | Glu) and op.out is x)
+        return self._products.copies_of(kind, x)
+
+    def _linear(self, op: Linear, from_copy: bool) -> None:
+        outs = {segment.out.name: segment.out for segment in op.segments}
+        places = {name: self.buffers.new(out) for name, out in outs.items()}
+        bound = []
+        for s in op.segments:
+            place, weight = places[s.out.name], self._products.packed(s.weight)
+            bound.append(Bound(weight, place.own + 4 * s.column, place.stride, s.bias, self._direct(s.out)))
+        copies = self._copies_of(op.x) if from_copy else 0
+        read = Input(op.x, self.buffers[op.x], self._count["tokens"], copies, is_rounded=from_copy)
+        self._products.add(read, bound)
+
+    def _direct(self, out: Buffer) -> int:
+        """The window's memory where this rank's partial sums of one token belong; 0 for results of other kinds."""
+        call = self._all_reduce
+        if call is None or call.kind != "window" or out not in self._sent or out not in self._multiplied:
+            return 0
+        if stride_bytes(out.width) > call.half_bytes:
+            return 0
+        half, place = call.place(self._sent.index(out), stride_bytes(out.width))
+        return call.own + half * call.half_bytes + place
+
+    def _short_conv(self, op: ShortConv, from_copy: bool) -> None:
+        x = self.buffers[op.x]
+        # The interleave of two tokens lives for this operation only.
+        both = Buffer(f"{op.out.name}.taps", 2 * op.x.width, op.weight.columns)
+        if both.width not in self._interleaved:
+            self._interleaved[both.width] = self.buffers.take(self._tokens * stride_bytes(both.width))
+        place = Place(self._interleaved[both.width], stride_bytes(both.width), 0)
+        copies = self._products.copies(ShortConv, both.width)
+        words = {
+            **_between(x, place, op.x.width), **copies,
+            R.STATE: self._cache.states[op.state], R.STATE_STRIDE: self._cache.state_bytes[op.state],
+        }  # fmt: skip
+        if from_copy:
+            words.update({R.IN_ROW: self._copies_of(op.x), R.IN_ROW_STRIDE: stride_bytes(op.x.width)})
+        if self._is_integer(op):
+            words.update(self._products.round_to(both).words())
+        self.records.add([taps.taps_one, taps.taps, taps.taps], words)
+        out = self.buffers.new(op.out)
+        bound = Bound(self._products.packed(op.weight), out.own, out.stride, op.bias, self._direct(op.out))
+        read = Input(both, place, self._count["tokens"], copies[R.ROW], is_rounded=True)
+        self._products.add(read, [bound])
+
+    def _attention(self, rotation: RopeAndStore, op: Attention) -> None:
+        """Of one token keys and values are stored, and queries rotated, by whoever attends over them."""
+        q, k, v = (self.buffers[heads.buffer] for heads in (rotation.q, rotation.k, rotation.v))
+        rotated, out = self.buffers.new(rotation.out), self.buffers.new(op.out)
+        cosines, sines = self._rope_table(rotation.rope)
+        half, shape = int(self._cache.half), (op.heads, op.head_dim)
+        pieces = -(-self._cache.max_positions // PIECE)
+        scratch = attention.scratch_bytes(op.head_dim, op.heads)
+        if shape not in self._attention_rooms:
+            rows = min(FEW_TOKENS, self._tokens) * op.heads * pieces
+            self._attention_rooms[shape] = (
+                self.buffers.take(rows * attention.part_bytes(op.head_dim)),
+                self.buffers.take(scratch * self._threads),
+            )
+        parts, room = self._attention_rooms[shape]
+        words = {
+            R.A_Q: q.address, R.A_Q_STRIDE: q.stride,
+            R.A_Q_FIRST: 4 * rotation.q.first, R.A_Q_STEP: 4 * rotation.q.step,
+            R.A_K: k.address, R.A_K_STRIDE: k.stride,
+            R.A_K_FIRST: 4 * rotation.k.first, R.A_K_STEP: 4 * rotation.k.step,
+            R.A_V: v.address, R.A_V_STRIDE: v.stride,
+            R.A_V_FIRST: 4 * rotation.v.first, R.A_V_STEP: 4 * rotation.v.step,
+            R.A_Q_HEADS: op.heads, R.A_KV_HEADS: rotation.k.count, R.A_DIM: op.head_dim,
+            R.A_ROTATED: rotated.address, R.A_ROTATED_STRIDE: rotated.stride,
+            R.A_COS: cosines, R.A_SIN: sines,
+            R.A_KEYS: self._cache.keys[op.layer], R.A_VALUES: self._cache.values[op.layer],
+            R.A_PAGE_BYTES: self._cache.page_bytes[op.layer],
+            R.A_OUT: out.own, R.A_OUT_STRIDE: out.stride, R.A_GROUPS: self._groups(op, rotation.k.count),
+            R.A_SCALE: float_bits(op.scale), R.A_PARTS: parts, R.A_PART_TOKENS: pieces,
+            R.A_SCRATCH: room, R.A_SCRATCH_STRIDE: scratch,
+        }  # fmt: skip
+        several = kv_cache.rope_and_store(half)
+        self.records.add([activations.nothing, several, several], words)
+        attend = [attention.attend_one(half), attention.attend_few(half), attention.attend_whole(half)]
+        self.records.add(attend, words)
+        self.records.wait()
+        self.records.add([attention.join_pieces, attention.join_pieces, activations.nothing], words)
+
+    def _rope_table(self, rope: Rope) -> tuple[int, int]:
+        """Addresses of the cosines and of the sines."""
+        if rope not in self._rope_tables:
+            self._rope_tables[rope] = rope_tables(rope, self._cache.max_positions)
+        cosines, sines = self._rope_tables[rope]
+        return cosines.ctypes.data, sines.ctypes.data
+
+    def _groups(self, op: Attention, kv_heads: int) -> int:
+        """Query heads by the key/value head that they read, see `record.A_GROUPS`."""
+        order = sorted(range(op.heads), key=lambda head: op.kv_of[head])
+        starts = [sum(kv < head for kv in op.kv_of) for head in range(kv_heads + 1)]
+        groups = np.array([*starts, *order], np.int32)
+        self._products.keep.append(groups)
+        return groups.ctypes.data
+
+    def _exchange(self, op: AllReduce, add: Add | None) -> None:
+        """`add`: what is added to the sum over the ranks in the same pass."""
+        if self._program.share.size == 1:
+            self.buffers.alias(op.out, op.x)
+            return
+        call = self._all_reduce
+        assert call is not None
+        x, out = self.buffers[op.x], self.buffers.new(op.out if add is None else add.out)
+        if call.kind == "local":
+            self.records.wait()
+            words = {**_between(x, out, op.x.width), R.PARTS: 1}
+            if add is None:
+                self.records.add(activations.sum_parts, words)
+            else:
+                words.update({R.TOTAL: out.address, R.TOTAL_STRIDE: out.stride, **self._added(add)})
+                self.records.add(activations.add, words)
+            return
+        if call.kind == "window":
+            number, direct = self._sent.index(op.x), self._direct(op.x)
+            half, place = call.place(number, stride_bytes(op.x.width))
+            words = {**_between(x, out, op.x.width), R.HALF: half, R.PLACE: place, R.DIRECT: int(direct != 0)}
+            words.update({R.WINDOW: call.table, R.TWO_SHOT: call.two_shot, **self._added(add)})
+            if not direct:
+                self.records.wait()
+            fits = stride_bytes(op.x.width) <= call.half_bytes
+            one = exchange.exchange_one if fits else exchange.exchange_many
+            self.records.add([one, exchange.exchange_many, exchange.exchange_many], words)
+            if number + 1 == len(self._sent) and number & 1 == 0:
+                self.records.wait()
+                self.records.add(exchange.meet, {R.WINDOW: call.table, R.HALF: 1})
+            return
+        words = {R.SEND: x.address, R.ROW_FLOATS: x.stride // 4, R.FUNCTION: call.function}
+        if call.kind == "mpi":
+            words.update({R.RECEIVE: out.address, R.DATATYPE: call.handles[0], R.OPERATION: call.handles[1]})
+            words[R.COMMUNICATOR] = call.handles[2]
+            self.records.add(messages.mpi_all_reduce, words)
+            return
+        if not self._received:
+            widest = max(op.x.width for op in self._program.operations if isinstance(op, AllReduce))
+            self._received = self.buffers.take(self._program.share.size * self._tokens * stride_bytes(widest))
+        words.update({R.RECEIVE: self._received, R.DATATYPE: call.handles[0], R.COMMUNICATOR: call.handles[1]})
+        self.records.add(messages.all_gather, words)
+        self.records.wait()
+        received = Place(self._received, x.stride, 0)
+        words = {**_between(received, out, op.x.width), R.PARTS: self._program.share.size}
+        self.records.add(activations.sum_parts, words)
+
+    def _added(self, add: Add | None) -> dict[int, int]:
+        """What is added to the sum over the ranks."""
+        if add is None:
+            return {}
+        residual = self.buffers[add.x]
+        bias = self._products.vector(add.bias) if add.bias else 0
+        return {R.SECOND: residual.address, R.SECOND_STRIDE: residual.stride, R.BIAS: bias}
+
+    def _head(self, op: Logits, from_copy: bool) -> None:
+        x = self.buffers[op.x]
+        # Only the tokens whose logits are wanted: a buffer of their own.
+        chosen = Buffer("wanted", op.x.width, op.x.own)
+        place = Place(self.buffers.take(self._wanted * stride_bytes(op.x.width)), stride_bytes(op.x.width), 0)
+        words = _between(x, place, op.x.width)
+        copies = self._copies_of(op.x) if from_copy else 0
+        if self._is_integer(op):
+            words.update(self._products.round_to(chosen).words())
+        several = activations.select
+        self.records.add([activations.nothing if from_copy else several, several, several], words)
+        if not from_copy:
+            self.records.wait()
+        stride = stride_bytes(op.out.width)
+        self.logits = Place(self.buffers.take(self._wanted * stride), stride, 0)
+        bound = Bound(self._products.packed(op.weight), self.logits.address, stride, None)
+        read = Input(chosen, place, self._count["wanted"], copies, is_rounded=True, private=from_copy)
+        self._products.add(read, [bound])
+
+
+def _between(x: Place, out: Place, width: int) -> dict[int, int]:
+    return {R.IN: x.address, R.IN_STRIDE: x.stride, R.OUT: out.address, R.OUT_STRIDE: out.stride, R.WIDTH: width}
+
+
+def rope_tables(rope: Rope, positions: int) -> NDArray[np.float32]:
+    """(2, positions, dim / 2) float32: cosines and sines of position * theta^(-2j / dim), in float32."""
+    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    frequencies = (np.float32(1) / np.float32(rope.theta) ** exponents).astype(np.float32)
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
+    return np.stack([np.cos(angles), np.sin(angles)])

@@ -1,0 +1,189 @@
+"""Products of a compiled program: records of packed weights, and of what rounds and copies their activations.
+
+Knows formats, and where every thread keeps copies of one token; nothing of which operations there are.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpcpu.formats.tables import NF4_CODE
+from tpcpu.kernels import activations
+from tpcpu.kernels import record as R
+from tpcpu.kernels.isa import selected
+from tpcpu.program.memory import Buffers, Place, Records, stride_bytes
+from tpcpu.program.operations import BLOCK, Buffer, Kind, Weight
+from tpcpu.program.weights import PANEL_ROWS, Packed, Table, Vector, float_bits
+
+if selected().panel_rows == 1:
+    from tpcpu.kernels.linear_plain import linear, linear_of_one
+else:
+    from tpcpu.kernels.linear import linear, linear_of_one
+
+Weights = Mapping[tuple[str, Kind], Packed | Table | Vector]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A packed weight of a product, and where the result goes; `out_of_one`: of one token, if that is elsewhere."""
+
+    packed: Packed
+    out: int
+    stride: int
+    bias: Weight | None
+    out_of_one: int = 0
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a product reads: activations `x`, which lie at `place`.
+
+    In steps of one token every thread reads its copy of them: of float32 at `copies`, where there are any (0: none),
+    rounded where `is_rounded` says that copies were rounded as they were made. `counted`: the address of the number of
+    tokens. Without `private`, what is rounded was so by all threads together.
+    """
+
+    x: Buffer
+    place: Place
+    counted: int
+    copies: int = 0
+    is_rounded: bool = False
+    private: bool = True
+
+
+class Rounded:
+    """Activations as int8 with a scale, and a sum, per block of 64."""
+
+    def __init__(self, values: int, stride: int, scales: int, sums: int, scales_stride: int) -> None:
+        self._words = (values, stride, scales, sums, scales_stride)
+
+    def words(self) -> dict[int, int]:
+        """As the place that a kernel writes."""
+        return dict(zip((R.Q, R.Q_STRIDE, R.Q_SCALES, R.Q_SUMS, R.Q_SCALES_STRIDE), self._words, strict=True))
+
+    def operands(self) -> dict[int, int]:
+        """As what a product reads."""
+        return dict(zip((R.X, R.X_STRIDE, R.X_SCALES, R.X_SUMS, R.X_SCALES_STRIDE), self._words, strict=True))
+
+
+class Products:
+    """Writes records of products. `rows`: the most tokens that are rounded at once, of which every thread has one."""
+
+    def __init__(
+        self, weights: Weights, buffers: Buffers, records: Records, *, threads: int, rows: int, exact: bool
+    ) -> None:
+        self._weights, self._buffers, self._records = weights, buffers, records
+        self._threads, self._rows, self.exact = threads, max(rows, threads), exact
+        self._rounded: dict[int, tuple[Rounded, str]] = {}
+        self._rooms: dict[tuple[int, int], int] = {}
+        self._copy_rows: dict[tuple[type, int], int] = {}
+        self._tables = _tables()
+        self.keep: list[object] = [self._tables]
+        """What records name the addresses of."""
+
+    def is_integer(self, multiplied: Iterable[Weight]) -> bool:
+        """Whether any product of these weights takes int8 activations."""
+        return not self.exact and any(self.packed(weight).form not in R.FLOATS for weight in multiplied)
+
+    def packed(self, weight: Weight) -> Packed:
+        packed = self._weights[weight.name, weight.kind]
+        assert isinstance(packed, Packed)
+        return packed
+
+    def vector(self, weight: Weight) -> int:
+        vector = self._weights[weight.name, weight.kind]
+        assert isinstance(vector, Vector)
+        return vector.values.ctypes.data
+
+    def copies(self, kind: type, width: int) -> dict[int, int]:
+        """Memory for each thread's copy of the results of one kind of operation and one width."""
+        if (kind, width) not in self._copy_rows:
+            self._copy_rows[kind, width] = self._buffers.take(self._threads * stride_bytes(width))
+        return {R.ROW: self._copy_rows[kind, width], R.ROW_STRIDE: stride_bytes(width)}
+
+    def copies_of(self, kind: type, x: Buffer) -> int:
+        """Where threads have their copies of x, which an operation of that kind made."""
+        return self._copy_rows[kind, x.width]
+
+    def round_to(self, x: Buffer) -> Rounded:
+        """Memory for x as int8, which whoever computes x fills. Buffers of one width share it, one after another."""
+        if x.width not in self._rounded:
+            blocks = -(-x.width // BLOCK)
+            stride, scales_stride = BLOCK * blocks, 4 * (blocks + 16)
+            memory = Rounded(
+                self._buffers.take(self._rows * stride), stride,
+                self._buffers.take(self._rows * scales_stride), self._buffers.take(self._rows * scales_stride),
+                scales_stride,
+            )  # fmt: skip
+        else:
+            memory = self._rounded[x.width][0]
+        self._rounded[x.width] = memory, x.name
+        return memory
+
+    def _round(self, x: Buffer, place: Place) -> None:
+        """Rounds x where nobody has done so."""
+        if x.width in self._rounded and self._rounded[x.width][1] == x.name:
+            return
+        memory = self.round_to(x)
+        words = {R.IN: place.address, R.IN_STRIDE: place.stride, R.WIDTH: x.width}
+        several = activations.quantise
+        self._records.add([activations.quantise_one, several, several], {**words, **memory.words()})
+
+    def add(self, read: Input, bound: Sequence[Bound]) -> None:
+        """Records of one product: segments of one format share a record."""
+        x, place = read.x, read.place
+        forms = sorted({each.packed.form for each in bound})
+        if not read.is_rounded and not self.exact and any(form not in R.FLOATS for form in forms):
+            self._round(x, place)
+        for form in forms:
+            of_form = [each for each in bound if each.packed.form == form]
+            table = np.zeros((len(of_form), R.SEGMENT_WORDS), np.int64)
+            for row, each in zip(table, of_form, strict=True):
+                row[:] = each.packed.segment
+                row[R.S_OUT], row[R.S_OUT_STRIDE] = each.out, each.stride
+                row[R.S_OUT_ONE] = each.out_of_one or each.out
+                row[R.S_BIAS] = self.vector(each.bias) if each.bias else 0
+            self.keep.append(table)
+            words = {
+                R.SEGMENTS: table.ctypes.data, R.SEGMENT_COUNT: len(table), R.PANELS: int(table[:, R.S_PANELS].sum()),
+                R.COUNT: read.counted, R.FACTOR: float_bits(1 / 127 if form in (R.NF4, R.NF4_SINGLE) else 1.0),
+            }  # fmt: skip
+            if self.exact or form in R.FLOATS:
+                words.update({R.X: place.address, R.X_STRIDE: place.stride, R.TABLE: self._tables[1].ctypes.data})
+                words.update({R.X_ONE: read.copies or place.address, R.IS_PRIVATE: int(read.copies != 0)})
+            else:
+                rounded, name = self._rounded[x.width]
+                assert name == x.name, (name, x)
+                words.update(rounded.operands())
+                private = int(read.private)
+                words.update({R.X_ONE: words[R.X], R.IS_PRIVATE: private, R.TABLE: self._tables[0].ctypes.data})
+            words.update(self._scratch(len(of_form[0].packed.weight.columns)))
+            several = linear(form, self.exact)
+            kernels = [linear_of_one(form, self.exact), several, several]
+            self._records.add(kernels, words, apart=form == forms[-1])
+
+    def _scratch(self, columns: int) -> dict[int, int]:
+        """Memory of each thread for one record: a decoded row, or the sums of a panel's spans.
+
+        Products without a barrier between them must not share it: there are no more in a row than formats.
+        """
+        row = 4 * columns + BLOCK if PANEL_ROWS == 1 else 4 * PANEL_ROWS * (columns // (BLOCK * R.SPAN) + 1)
+        turn = self._records.count % R.FORMATS
+        if (columns, turn) not in self._rooms:
+            self._rooms[columns, turn] = self._buffers.take(row * self._threads)
+        return {R.SCRATCH: self._rooms[columns, turn], R.SCRATCH_STRIDE: row, R.NUMBER: self._records.count + 1}
+
+
+def _tables() -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """The values of the codes as kernels look them up: as bytes of 127ths, and exactly."""
+    rounded = np.rint(NF4_CODE * 127).astype(np.int8)
+    if PANEL_ROWS == 1:
+        # Pairs by the published byte: the high half is the first.
+        high, low = np.divmod(np.arange(256), 16)
+        return np.stack([rounded[high], rounded[low]], 1), np.stack([NF4_CODE[high], NF4_CODE[low]], 1)
+    from tpcpu.kernels.simd import instructions
+
+    biased = (rounded.astype(np.int16) + instructions.WEIGHT_BIAS).astype(np.uint8).view(np.int8)
+    return np.tile(biased, 4), NF4_CODE.copy()
