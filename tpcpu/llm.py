@@ -66,7 +66,7 @@ class LLM:
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         page_tokens: int = DEFAULT_PAGE_TOKENS,
         kv_cache: str | None = None,
-        all_reduce: AllReduceKind = "ordered",
+        all_reduce: AllReduceKind = "window",
         progress: Progress | None = None,
     ) -> None:
         options = Options(format, lm_head, exact, context, threads, chunk_tokens, page_tokens, kv_cache)

@@ -4,6 +4,7 @@ Rank 0 calls `step`; the others are in `follow`, which runs the same batches unt
 step goes out, the candidates for the next tokens come back. Knows nothing of text and of requests.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpcpu.checkpoint import Checkpoint
-from tpcpu.engine.binding import bind
 from tpcpu.engine.cache import Cache
-from tpcpu.engine.loader import Loader
 from tpcpu.engine.progress import Progress, Silent
+from tpcpu.engine.source import Folder, Source
 from tpcpu.errors import UsageError
 from tpcpu.kernels import isa
+from tpcpu.kernels.compile import Kernel, spent_seconds
 from tpcpu.models import Model, read_config
 from tpcpu.parallel import numa
-from tpcpu.parallel.communicator import Communicator
+from tpcpu.parallel.communicator import AllReduce, Communicator
 from tpcpu.parallel.partition import Share
 from tpcpu.parallel.team import Team
 from tpcpu.parallel.topology import Topology
 from tpcpu.program.batch import Batch
 from tpcpu.program.compiled import Compiled
+from tpcpu.program.lowering import Stage
 from tpcpu.program.operations import Program
 from tpcpu.program.weights import Packed
 
@@ -51,6 +53,10 @@ class Options:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     page_tokens: int = DEFAULT_PAGE_TOKENS
     kv_cache: str | None = None
+    exchange: bool = True
+    """Without: a rank takes its own part for the sum. Its answers are wrong; its time is that of everything else."""
+    share: Share | None = None
+    """The part of a larger job that a lone rank runs by itself, which it cannot with `exchange`."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +71,33 @@ class Engine:
     """A model on one rank. Building it is collective, and so is closing it."""
 
     def __init__(
-        self, path: str | Path, communicator: Communicator, options: Options, progress: Progress | None = None
+        self,
+        source: str | Path | Source,
+        communicator: Communicator,
+        options: Options,
+        progress: Progress | None = None,
     ) -> None:
-        """Raises UserErrors, on all ranks together, for whatever is wrong with folder, options and rank count."""
+        """`source`: a folder's path, or what stands for a folder.
+
+        Raises UserErrors, on all ranks together, for whatever is wrong with folder, options and rank count.
+        """
         self.communicator = communicator
         self.progress = progress if progress is not None and communicator.is_root else Silent()
-        self.checkpoint: Checkpoint | None = None
+        self.source: Source = Folder(source) if isinstance(source, (str, Path)) else source
+        self.share = options.share or Share(communicator.rank, communicator.size)
         self.team: Team | None = None
         error: Exception | None = None
         try:
-            self._prepare(path, options)
+            self._prepare(options)
         except Exception as problem:
             error = problem
         communicator.raise_together(error)
         self._load(options)
 
-    def _prepare(self, path: str | Path, options: Options) -> None:
+    def _prepare(self, options: Options) -> None:
         """All that needs no other rank: every mistake that can be found early is found here."""
-        communicator = self.communicator
-        self.checkpoint = Checkpoint.open(path)
-        self.model: Model = read_config(self.checkpoint.config)
-        self.program: Program = self.model.program(Share(communicator.rank, communicator.size))
+        self.model: Model = read_config(self.source.open())
+        self.program: Program = self.model.program(self.share)
         self.context = _context(options.context, self.model)
         self.isa = isa.selected().name
         if options.kv_cache not in (None, "bf16", "float32"):
@@ -94,10 +106,11 @@ class Engine:
         if options.chunk_tokens < 1:
             raise UsageError(f"--chunk-tokens {options.chunk_tokens} is not at least 1")
         self.chunk_tokens = min(options.chunk_tokens, self.context)
-        self._bindings = bind(self.checkpoint, self.model, self.program, options.format, options.lm_head)
+        self.source.bind(self.model, self.program, options.format, options.lm_head)
         self.cache = Cache(self.program, context=self.context, page_tokens=options.page_tokens, sequences=1, half=half)
         self.vocabulary = self.model.config.vocab_size
-        self._heads = [Share(rank, communicator.size).split(self.vocabulary) for rank in range(communicator.size)]
+        size = self.share.size
+        self._heads = [Share(rank, size).split(self.vocabulary) for rank in range(size)]
         widest = max(len(rows) for rows in self._heads)
         self.most_wanted = max(1, min(self.chunk_tokens, MOST_WANTED_BYTES // (4 * widest)))
         if options.threads is not None and options.threads < 1:
@@ -122,20 +135,33 @@ class Engine:
     def _load(self, options: Options) -> None:
         communicator = self.communicator
         self.team = self._gather_team(options.threads)
-        assert self.checkpoint is not None
-        loader = Loader(self.checkpoint, communicator, self.team, self.cpus, self.progress)
-        self.weights, self.arena = loader.load(self._bindings)
+        begin, compiled = time.perf_counter(), spent_seconds()
+        self.weights, self.arena = self.source.load(communicator, self.team, self.cpus, self.progress)
+        self.load_seconds = time.perf_counter() - begin - (spent_seconds() - compiled)
         self._compiled = Compiled(
             self.program, self.weights, self.cache.memory, self.team,
-            all_reduce=communicator.all_reduce, exact=options.exact,
+            all_reduce=communicator.all_reduce(self.team) if options.exchange else AllReduce("local"),
+            exact=options.exact,
             tokens=self.chunk_tokens, wanted=self.most_wanted, report=self.progress.say,
         )  # fmt: skip
         self._report_locality()
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """The folder that this engine was given."""
+        assert isinstance(self.source, Folder)
+        assert self.source.checkpoint is not None
+        return self.source.checkpoint
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of packed weights that this rank holds."""
         return sum(weight.nbytes for weight in self.weights.values() if isinstance(weight, Packed))
+
+    @property
+    def stages(self) -> list[tuple[Stage, Kernel]]:
+        """For each record of a step the stage that it is of, and its kernel for one token."""
+        return self._compiled.stages
 
     @property
     def locality(self) -> float:
@@ -171,8 +197,7 @@ class Engine:
         """Ends the team and lets go of the checkpoint. Not collective."""
         if self.team is not None:
             self.team.close()
-        if self.checkpoint is not None:
-            self.checkpoint.close()
+        self.source.close()
 
     def _send(self, message: NDArray[np.int32]) -> None:
         if self.communicator.size == 1:
@@ -200,7 +225,7 @@ class Engine:
         if not len(batch.wanted):
             return []
         own = [min(max(batch.vocabulary - rows.start, 0), len(rows)) for rows in self._heads]
-        logits = logits[:, : own[self.communicator.rank]]
+        logits = logits[:, : own[self.share.rank]]
         if batch.candidates:
             return self._gather_largest(logits, batch.candidates)
         parts = self.communicator.gather(np.ascontiguousarray(logits.T), own)
@@ -213,22 +238,25 @@ class Engine:
     def _gather_largest(self, logits: NDArray[np.float32], count: int) -> list[Candidates]:
         """The `count` largest logits of each rank, the lowest ids first where level, for each wanted token."""
         wanted, own = logits.shape
-        mine = np.zeros((1, 2, wanted, count), np.int32)
-        mine[0, 0] = -1
-        first = self._heads[self.communicator.rank].start
-        take = min(count, own)
-        for i, row in enumerate(logits):
-            chosen = _largest(row, take)
-            mine[0, 0, i, :take] = chosen + first
-            mine[0, 1, i, :take] = row[chosen].view(np.int32)
-        parts = self.communicator.gather(mine, [1] * self.communicator.size)
+        if self.communicator.size == 1:
+            rows = [(row, _largest(row, min(count, own))) for row in logits]
+            return [Candidates(chosen + self._heads[self.share.rank].start, row[chosen]) for row, chosen in rows]
+        # For each wanted token: ids, -1 where a rank has fewer, and the bits of the logits. In lists, as most steps
+        # want one candidate of one token: arrays are slow for so little, all the more behind a step, with cold caches.
+        first = self._heads[self.share.rank].start
+        mine = []
+        for row, bits in zip(logits, logits.view(np.int32), strict=True):
+            chosen = _largest(row, min(count, own)).tolist()
+            missing = [-1] * (count - len(chosen))
+            mine.append([[index + first for index in chosen] + missing, [bits.item(i) for i in chosen] + missing])
+        parts = self.communicator.gather(np.array(mine, np.int32), [wanted] * self.communicator.size)
         if parts is None:
             return []
         result = []
-        for i in range(wanted):
-            ids = np.concatenate([part[0, 0, i] for part in parts])
-            values = np.concatenate([part[0, 1, i] for part in parts]).view(np.float32)
-            result.append(Candidates(ids[ids >= 0].astype(np.int64), values[ids >= 0]))
+        for found in zip(*(part.tolist() for part in parts), strict=True):
+            pairs = [pair for ids, bits in found for pair in zip(ids, bits, strict=True) if pair[0] >= 0]
+            table = np.array(pairs, np.int32).reshape(-1, 2)
+            result.append(Candidates(table[:, 0].astype(np.int64), table[:, 1].copy().view(np.float32)))
         return result
 
 

@@ -58,7 +58,6 @@ class Local:
         if self.is_root:
             try:
                 checkpoint = self._engine.checkpoint
-                assert checkpoint is not None
                 tokenizer = load_tokenizer(checkpoint.path, checkpoint.config, checkpoint.generation_config)
                 self._generator = generation.Generator(self._engine, tokenizer)
             except TpcpuError as problem:

@@ -7,6 +7,7 @@ choice only where the number falls on one. That number depends on the seed and t
 the batch nor a restart changes an answer.
 """
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class Sampled:
     """(id, logit) of the largest logits as the model gave them, largest first."""
 
 
+_FEW = 64
+"""Candidates."""
+
+
 class Sampler:
     """The state of one request: its seed, and `step`, the number of tokens chosen so far.
 
@@ -47,6 +52,9 @@ class Sampler:
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
         self.step = 0
         self._vocabulary_size = vocabulary_size
+        self._only_the_largest = (
+            params.greedy and not params.penalises and params.logprobs is None and not params.top_logits
+        )
 
     @property
     def candidates_needed(self) -> int:
@@ -67,6 +75,13 @@ class Sampler:
         Raises TpcpuError where a logit is NaN or infinite, which no answer may hide.
         """
         ids, logits = candidate_ids, candidate_logits
+        if self._only_the_largest and ids.size <= _FEW:
+            # Lists of a few are quicker than arrays, which a step with cold caches feels.
+            numbers, values = ids.tolist(), logits.tolist()
+            if numbers and max(numbers) < self._vocabulary_size and math.isfinite(sum(values)):
+                self.step += 1
+                largest = max(values)
+                return Sampled(min(number for number, value in zip(numbers, values, strict=True) if value == largest))
         if ids.size and int(ids.max()) >= self._vocabulary_size:
             real = ids < self._vocabulary_size
             ids, logits = ids[real], logits[real]
