@@ -189,7 +189,7 @@ def test_model_flags_have_the_defaults_of_the_documentation():
         "chunk_tokens": None,
         "page_tokens": None,
         "kv_cache": None,
-        "all_reduce": "ordered",
+        "all_reduce": "window",
         "json": False,
     }
 

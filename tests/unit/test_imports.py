@@ -23,7 +23,7 @@ ROWS = (
     {"program"},
     {"models"},
     {"engine"},
-    {"ranks"},
+    {"ranks", "bench"},
     {"llm", "quantize"},
     {"cli", "server"},
     {"__main__"},

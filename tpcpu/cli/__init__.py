@@ -16,7 +16,7 @@ from typing import NoReturn
 from tpcpu.cli.output import is_speaker, print_error, silence_stdout
 from tpcpu.errors import TpcpuError, UsageError, UserError
 
-COMMANDS = ("quantize", "inspect", "explain", "generate", "chat", "eval")
+COMMANDS = ("quantize", "inspect", "explain", "generate", "chat", "eval", "bench")
 
 EXIT_INTERRUPTED = 130
 
@@ -58,7 +58,7 @@ def _dispatch(arguments: list[str]) -> int:
     modules = {name: import_module(f"tpcpu.cli.{name}") for name in named}
     parser = make_parser(modules)
     try:
-        args = parser.parse_args(arguments)
+        args = parser.parse_args(arguments, argparse.Namespace(arguments=arguments))
     except SystemExit as done:  # after --help and --version, which have printed
         return int(done.code or 0)
     return int(modules[args.command].run(args))

@@ -14,15 +14,20 @@ if TYPE_CHECKING:
 FORMATS = ("nf4", "int8", "bf16", "float32")
 HEAD_FORMATS = ("int8", "bf16", "nf4")
 KV_CACHES = ("float32", "bf16")
-ALL_REDUCES = ("ordered", "mpi")
+ALL_REDUCES = ("window", "mpi")
 
 
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of every command that loads a model and runs it."""
+def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> None:
+    """Adds the flags of every command that loads a model and runs it.
+
+    `measured`: a config alone may stand for a model, and --all-reduce may be a number of bytes instead of a kind.
+    """
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", required=True, metavar="DIR", help="a checkpoint folder, or a hub name found in the local cache"
-    )
+    source = model.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="a checkpoint folder, or a hub name found in the local cache")
+    if measured:
+        source.add_argument("--config", metavar="FILE", help="a config.json; needs --fake-weights")
+        model.add_argument("--fake-weights", action="store_true", help="random weights in the shapes of the config")
     model.add_argument("--format", choices=FORMATS, help="of the weights in memory (default: as stored)")
     model.add_argument(
         "--lm-head",
@@ -50,12 +55,16 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--chunk-tokens", type=positive, metavar="N", help="prompt tokens that one step takes")
     run.add_argument("--page-tokens", type=positive, metavar="N", help="tokens in a page of the cache")
     run.add_argument("--kv-cache", choices=KV_CACHES, help="format of keys and values (float32 under --exact)")
-    run.add_argument(
-        "--all-reduce",
-        choices=ALL_REDUCES,
-        default="ordered",
-        help="ordered: parts added in rank order; mpi: plain MPI_Allreduce, which promises no order (default: ordered)",
+    kinds = (
+        "window: through shared memory, parts added in rank order; mpi: plain MPI_Allreduce, which promises no order"
     )
+    if measured:
+        run.add_argument(
+            "--all-reduce", type=kind_or_bytes, default="window", metavar="KIND|BYTES",
+            help=f"{kinds} (default: window); or time both for a message of so many bytes",
+        )  # fmt: skip
+    else:
+        run.add_argument("--all-reduce", choices=ALL_REDUCES, default="window", help=f"{kinds} (default: window)")
     run.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
 
 
@@ -102,3 +111,13 @@ def rank_count(text: str) -> int | str:
         return positive(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1, or auto") from None
+
+
+def kind_or_bytes(text: str) -> str | int:
+    """One of the ways to join ranks, or the bytes of a message of float32."""
+    if text in ALL_REDUCES:
+        return text
+    if text.isascii() and text.isdecimal() and int(text) > 0 and int(text) % 4 == 0:
+        return int(text)
+    kinds = ", ".join(ALL_REDUCES)
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected {kinds}, or a number of bytes that 4 divides")

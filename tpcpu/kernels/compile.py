@@ -63,6 +63,8 @@ class Kernel:
         self._compiled = cfunc(_SIGNATURE, cache=True, error_model="numpy")(self._function)
 
 
+_spent: list[float] = []
+
 helper = njit(error_model="numpy")
 """Decorates a function that kernels call; it is compiled into each of them."""
 
@@ -95,8 +97,14 @@ def prepare(kernels: Iterable[Kernel], report: Callable[[str], None] | None = No
     for each in wanted:
         with _filling(each.name):
             each._compile()
+    _spent.append(time.monotonic() - begin)
     if missing and report:
         report(f"compiled in {time.monotonic() - begin:.1f} s")
+
+
+def spent_seconds() -> float:
+    """What this process has spent so far on compiling kernels, and on loading those that it found compiled."""
+    return sum(_spent)
 
 
 @contextmanager

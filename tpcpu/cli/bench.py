@@ -1,0 +1,137 @@
+"""`tpcpu bench`: how fast a model is on this machine, beside how fast the machine could be.
+
+Knows flags, and how to start the ranks that it needs; the measuring is in `tpcpu.bench`.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tpcpu.cli.flags import model_flags, positive
+from tpcpu.cli.output import Output
+from tpcpu.errors import LaunchError, UsageError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command to the main program's parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "bench",
+        help="measure a model's speed, and the machine's",
+        description="Measures loading, prompt and answer of a model, real or made of random weights, and in the same "
+        "run what this machine reads and computes at best. Medians; a warm-up is left out.",
+    )
+    model_flags(parser, measured=True)
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--prompt-tokens", type=positive, default=128, metavar="P", help="(default: %(default)s)")
+    group.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--runs", type=positive, default=5, metavar="R", help="the median counts (default: %(default)s)")
+    group.add_argument("--operations", action="store_true", help="a table of operations: time, bytes, GB/s, share")
+    group.add_argument(
+        "--as-rank", type=rank_of, metavar="R/N",
+        help="rank R of an N-rank job alone in this process, exchanges replaced by local copies",
+    )  # fmt: skip
+    group.add_argument("--no-exchange", action="store_true", help="all ranks, but exchanges replaced by local copies")
+
+
+def rank_of(text: str) -> tuple[int, int]:
+    """R/N with 0 <= R < N."""
+    rank, slash, size = text.partition("/")
+    if slash and rank.isascii() and size.isascii() and rank.isdecimal() and size.isdecimal() and int(rank) < int(size):
+        return int(rank), int(size)
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected R/N with R from 0 to N - 1, such as 0/4")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    if args.fake_weights != (args.config is not None):
+        raise UsageError("--config and --fake-weights belong together: without a folder, weights are made up")
+    from tpcpu.parallel import launcher
+
+    if launcher.in_launcher():
+        return _measure(args)
+    ranks = _ranks(args)
+    return _measure(args) if ranks == 1 else _start(args, ranks)
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    from tpcpu.parallel.topology import Topology
+
+    if args.as_rank is not None:
+        if args.ranks not in ("auto", 1):
+            raise UsageError(f"--as-rank runs in one process; leave --ranks {args.ranks} out")
+        return 1
+    if isinstance(args.all_reduce, int) and args.ranks == 1:
+        raise UsageError(f"--all-reduce {args.all_reduce} measures what joins ranks; it needs --ranks 2 or more")
+    return Topology.detect().default_ranks() if args.ranks == "auto" else int(args.ranks)
+
+
+def _config(args: argparse.Namespace) -> dict[str, Any]:
+    from tpcpu.checkpoint.folder import read_json
+
+    path = Path(args.config).expanduser()
+    return read_json(path / "config.json" if path.is_dir() else path)
+
+
+def _start(args: argparse.Namespace, ranks: int) -> int:
+    """The same command again, on ranks that are started for it."""
+    from tpcpu.checkpoint import Checkpoint
+    from tpcpu.models import read_config
+    from tpcpu.parallel import launcher
+    from tpcpu.parallel.partition import Share
+
+    # Whatever the config tells about itself is found out before anything is started.
+    if args.config is not None:
+        config = _config(args)
+    else:
+        with Checkpoint.open(args.model) as checkpoint:
+            config = checkpoint.config
+    read_config(config).program(Share(0, ranks))
+    # -P: a file in this folder must not stand in for a module that the ranks import.
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tpcpu.cli import main; sys.exit(main())"
+    argv = [sys.executable, "-P", "-c", code, str(Path(__file__).parents[2]), *args.arguments]
+    return launcher.run(ranks, argv, stdin=subprocess.DEVNULL)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from tpcpu.bench.measure import Settings, measure
+    from tpcpu.bench.times import table_lines
+    from tpcpu.cli.loading import Loading
+    from tpcpu.engine.engine import Options
+    from tpcpu.engine.fake import FakeWeights
+    from tpcpu.parallel.communicator import connect
+    from tpcpu.parallel.partition import Share
+
+    output = Output(args.json)
+    message_bytes = args.all_reduce if isinstance(args.all_reduce, int) else None
+    communicator = connect("window" if message_bytes else args.all_reduce)
+    if args.ranks not in ("auto", communicator.size):
+        raise LaunchError(
+            f"{args.ranks} ranks asked for, but the launcher started {communicator.size}; "
+            f"leave the number to the launcher"
+        )
+    if args.as_rank is not None and communicator.size > 1:
+        raise UsageError(f"--as-rank runs in one process, but the launcher started {communicator.size}")
+    chosen = {name: getattr(args, name) for name in ("chunk_tokens", "page_tokens") if getattr(args, name) is not None}
+    options = Options(
+        args.format, args.lm_head, args.exact, args.context, args.threads, kv_cache=args.kv_cache,
+        exchange=not args.no_exchange and args.as_rank is None,
+        share=Share(*args.as_rank) if args.as_rank is not None else None, **chosen,
+    )  # fmt: skip
+    settings = Settings(args.prompt_tokens, args.new_tokens, args.runs, message_bytes)
+    name = Path(args.config or args.model).expanduser()
+    source = FakeWeights(_config(args)) if args.config is not None else args.model
+    with Loading(output) as progress:
+        report = measure(
+            name.parent.name if name.name == "config.json" else name.stem if args.config else name.name,
+            source, communicator, options, settings, progress, output.note,
+        )  # fmt: skip
+    for line in report.lines:
+        output.line(line)
+    if args.operations:
+        for line in table_lines(report.operations, report.step):
+            output.line(line)
+        report.result["operations"] = [vars(row) for row in report.operations]
+    output.result(report.result)
+    return 0
