@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,12 +62,14 @@ def finish(process):
 
 
 def contents(folder):
-    """Every file in the cache with its time and size; locks aside."""
-    return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size)
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "lock"
-    }
+    """Every file in the cache with its time and size; locks aside, and what is renamed while we look."""
+    found = {}
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            if path.is_file() and path.name != "lock":
+                status = path.stat()
+                found[str(path.relative_to(folder))] = status.st_mtime_ns, status.st_size
+    return found
 
 
 def test_processes_share_what_one_of_them_compiled(tmp_path):
@@ -82,6 +85,31 @@ def test_processes_share_what_one_of_them_compiled(tmp_path):
     assert contents(tmp_path) == filled
     assert len({result["logits"] for result in (*results, third)}) == 1
 
+
+def test_a_command_that_finds_the_kernels_compiles_nothing(tmp_path):
+    """Seen by the compiler itself, whatever is told: no function is lowered, and no file of the cache is touched."""
+    results = [finish(start(tmp_path, GENERATE)) for _ in range(2)]
+    filled = contents(tmp_path)
+    assert results[0]["lowered"] > 20
+    again = finish(start(tmp_path, GENERATE))
+    assert results[1]["lowered"] == again["lowered"] == 0
+    assert results[0]["text"] == results[1]["text"] == again["text"]
+    assert contents(tmp_path) == filled
+
+
+GENERATE = """
+import json
+from numba.core import lowering
+count, lower = [0], lowering.BaseLower.lower
+def counted(self):
+    count[0] += 1
+    lower(self)
+lowering.BaseLower.lower = counted
+from tpcpu import LLM, SamplingParams
+with LLM("tests/data/yuan-tiny", ranks=1, format="nf4") as llm:
+    (answer,) = llm.generate(["Once upon a time"], SamplingParams(max_tokens=8, temperature=0))
+print(json.dumps({"lowered": count[0], "text": answer.text}))
+"""
 
 SOME_KERNELS = """
 import json

@@ -15,7 +15,7 @@ import pytest
 from tpcpu.kernels.isa import available, selected
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("linear", "activations", "attention", "company", "joining")
+MODULES = ("pack", "linear", "activations", "attention", "company", "joining", "ceilings")
 OTHERS = [isa.name for isa in available() if isa is not selected()]
 RUNS = [(isa, module) for isa in OTHERS for module in MODULES]
 
