@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tpcpu.errors import UsageError
+from tpcpu.kernels import attention
 from tpcpu.kernels import compile as compiling
 
 ROOT = Path(__file__).parents[2]
@@ -203,3 +204,14 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TPCPU_CACHE_DIR", str(tmp_path / "file" / "inside"))
     with pytest.raises(UsageError, match="TPCPU_CACHE_DIR"):
         compiling.folder.__wrapped__()
+
+
+def test_variants_of_a_closure_have_names_of_their_own():
+    """A process that found one variant in the cache and compiled the other ran the cached one for both: attention over
+    a float32 cache gave NaN, as it read bfloat16. LLVM had taken the two for one function, by their name."""
+    variants = [attention._piece_float32, attention._piece_bf16]
+    variants += [attention._heads(heads, half) for heads in (4, 2, 1) for half in (0, 1)]
+    names = [variant.py_func.__qualname__ for variant in variants]
+    kernels = [make(half) for make in (attention.attend_one, attention.attend_few) for half in (0, 1)]
+    names += [kernel._function.__qualname__ for kernel in kernels]
+    assert len(set(names)) == len(names) == 12

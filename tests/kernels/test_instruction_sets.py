@@ -80,6 +80,28 @@ print(isa.selected().name, *sorted(set(re.findall(r"[xyz]mm|vpdpbusd", text))))
 """
 
 
+OTHER_CPU = """
+import sys
+from tpcpu.kernels import isa
+asked = isa.prefetches()
+isa.prefetches = lambda: not asked
+import pytest
+chosen = ["tests/kernels/test_linear.py", "-k", "shapes and (nf4 or bf16)"]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *chosen]))
+"""
+
+
+@pytest.mark.skipif(selected().panel_rows == 1, reason="plain kernels have one way")
+def test_weights_are_streamed_as_on_other_cpus(tmp_path):
+    """Whether weights are asked for ahead, and how many panels go side by side, depends on the CPU; sums do not."""
+    environment = {**os.environ, "TPCPU_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", OTHER_CPU], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("isa", ["avx1024", "AVX2", "neon"])
 def test_an_unknown_set_is_one_line(isa):
     """A user's mistake: exit code 2 and no traceback."""

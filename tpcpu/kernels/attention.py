@@ -13,7 +13,7 @@ from numpy import float32
 
 from tpcpu.kernels import record as R
 from tpcpu.kernels.attention_tiles import AHEAD, HEADS, PIECE, scores, values, vectors_at_once
-from tpcpu.kernels.compile import Kernel, helper
+from tpcpu.kernels.compile import Kernel, helper, named
 from tpcpu.kernels.kv_cache import TILE, list_tiles, position, rotate, store_key, store_value, word
 from tpcpu.kernels.memory import float_bits, load_f32, load_i32, load_i64, store_f32, store_i64
 from tpcpu.kernels.simd import vectors as v
@@ -96,6 +96,9 @@ def _weigh(scores, count, part, dim):
     store_f32(part + 4 * _row_floats(dim) + 4, v.sum_lanes(total))
 
 
+_CACHES = ("float32", "bf16")
+
+
 @cache
 def _heads(heads, half):
     """Makes the helper for `heads` query heads over the piece whose tiles a table names: keys first, then values."""
@@ -116,7 +119,7 @@ def _heads(heads, half):
             values(heads, 1, half, store, count, weights, dim, column, parts, part_step)
             column += LANES
 
-    return helper(attend)
+    return helper(named(attend, f"attend-{heads}-heads-{_CACHES[half]}"))
 
 
 @cache
@@ -163,7 +166,7 @@ def _piece(half):
             queries += 4 * _row_floats(dim) * done
             parts += part_step * done
 
-    return helper(attend)
+    return helper(named(attend, f"attend-piece-{_CACHES[half]}"))
 
 
 @helper

@@ -37,6 +37,17 @@ if isa.forced():
     _config.CPU_FEATURES = _chosen.features
 
 
+def named(function: Any, name: str) -> Any:
+    """Gives a function that closes over numbers a name of its own, unique among all that are compiled.
+
+    LLVM takes functions of one name for one function, whichever it met first. numba tells them apart by a counter of
+    each process, and what comes from the cache was counted by another one: variants of a closure, which share a name,
+    would then be taken for each other.
+    """
+    function.__name__ = function.__qualname__ = name.replace("-", "_")
+    return function
+
+
 class Kernel:
     """A function (record, thread, threads) that is compiled, or found compiled, when its address is first needed.
 
@@ -46,7 +57,7 @@ class Kernel:
 
     def __init__(self, function: Callable[[int, int, int], None], name: str) -> None:
         self.name = name
-        self._function = function
+        self._function = named(function, name)
         self._compiled: Any = None
 
     @property
