@@ -118,7 +118,8 @@ def test_a_conversation(tmp_path, ranks):
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_ctrl_c_ends_an_answer_and_not_the_program(tmp_path, ranks):
-    flags = ("--ranks", ranks, "--max-tokens", "450", "--ignore-eos", "--exact")
+    # Many threads on few cores make the answer take seconds instead of a tenth of one, which no keyboard could end.
+    flags = ("--ranks", ranks, "--max-tokens", "450", "--ignore-eos", "--exact", "--threads", "6")
     with chat(tmp_path, *flags) as (screen, process):
         screen.type(f"{QUESTION}\n")
         screen.until("The total")
