@@ -187,6 +187,17 @@ def _run(record, block, last):
 
 
 @helper
+def _places(record, token, feature):
+    """Where a feature of a token is in the residual and the bias, 0 for what is not there, and in the result."""
+    residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
+    if residual:
+        residual += token * _word(record, R.SECOND_STRIDE) + 4 * feature
+    if bias:
+        bias += 4 * feature
+    return residual, bias, _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE) + 4 * feature
+
+
+@helper
 def _fill(record, begin, first, last, half):
     """Copies blocks `first` to `last` of the message to where they belong in a half that begins with `begin`."""
     block = first
@@ -203,12 +214,7 @@ def _collect(record, table, begin, first, last, at):
     block = first
     while block < last:
         token, feature, blocks, count = _run(record, block, last)
-        residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
-        if residual:
-            residual += token * _word(record, R.SECOND_STRIDE) + 4 * feature
-        if bias:
-            bias += 4 * feature
-        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE) + 4 * feature
+        residual, bias, out = _places(record, token, feature)
         own = _word(record, R.IN) + token * _word(record, R.IN_STRIDE) + 4 * feature
         _sum(table, at + 4 * BLOCK * (block - begin), own, count, residual, bias, out)
         block += blocks
@@ -220,12 +226,7 @@ def _deliver(record, part, begin, first, last):
     block = first
     while block < last:
         token, feature, blocks, count = _run(record, block, last)
-        residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
-        if residual:
-            residual += token * _word(record, R.SECOND_STRIDE) + 4 * feature
-        if bias:
-            bias += 4 * feature
-        out = _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE) + 4 * feature
+        residual, bias, out = _places(record, token, feature)
         source = part + 4 * BLOCK * (block - begin)
         for i in range(0, 4 * count, 4 * LANES):
             v.store_first(out + i, _with(v.load(source + i), residual, bias, i), count - i // 4)

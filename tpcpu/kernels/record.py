@@ -90,16 +90,14 @@ STATE = 23
 """float32 inputs of a convolution: two rows a sequence, for even positions and odd ones,"""
 STATE_STRIDE = 24
 """bytes from one to the next."""
+PARTS = 25
+"""How many partial sums lie behind each other."""
 ROW = 27
 """float32 copies of the result of a step of one token, one row a thread, or 0."""
 ROW_STRIDE = 28
 IN_ROW = 29
 """Where such copies of `IN` lie, or 0, with `IN_ROW_STRIDE`."""
 IN_ROW_STRIDE = 30
-PARTS = 25
-"""How many partial sums lie behind each other,"""
-PART_STRIDE = 26
-"""bytes from one to the next."""
 
 # Operands of an exchange.
 SEND = 5
