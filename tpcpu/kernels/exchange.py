@@ -28,6 +28,7 @@ from tpcpu.kernels.compile import helper, kernel
 from tpcpu.kernels.isa import selected
 from tpcpu.kernels.memory import load_i64, store_i64
 from tpcpu.kernels.record import BLOCK
+from tpcpu.kernels.shares import HELPED
 from tpcpu.kernels.simd import vectors as v
 from tpcpu.kernels.team import post_at, wait_at
 from tpcpu.kernels.team_layout import SPINS
@@ -139,8 +140,8 @@ def exchange_one(record, thread, threads):
     """out = (residual + the sum of all ranks' parts) + bias, for one token; every thread a slice of blocks.
 
     With `DIRECT` the parts are in the window already, each panel of rows written by the thread that has its first
-    unit (see `linear.py`): thread u of T, where u / T <= (panel + 1 / spans) / panels. How many spans the panels of
-    another rank have is not known here, so this waits for whoever it might be, which is one thread more at most.
+    unit (see `linear.py`): thread u of T, where u / T <= (panel + 1 / spans) / panels; or by one of those that help
+    it. How many spans the panels of another rank have is not known here, so this waits for whoever it might be.
     """
     table, team = _word(record, R.WINDOW), _word(_word(record, R.STEP), R.TEAM)
     number = _begin(record, table, thread, 1) + 1
@@ -162,7 +163,11 @@ def exchange_one(record, thread, threads):
         theirs = _word(_entry(table, other), W.THREADS)
         earliest = first // ROWS * theirs // panels
         latest = min(((last - 1) // ROWS * theirs + theirs - 1) // panels, theirs - 1)
-        if not _await(table, other, earliest, latest, number, team):
+        if not _await(table, other, max(earliest - HELPED, 0), latest, number, team):
+            return
+        # Helpers of the first threads are the last ones.
+        wrapped = max(theirs - max(HELPED - earliest, 0), latest + 1)
+        if not _await(table, other, wrapped, theirs - 1, number, team):
             return
     residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
     own = _word(_entry(table, rank), W.PART) + at if _word(record, R.DIRECT) else _word(record, R.IN)

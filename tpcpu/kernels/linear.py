@@ -1,9 +1,10 @@
 """Products of packed weights with the activations of one or more tokens: which thread computes which tiles.
 
 Knows panels, spans and threads; the arithmetic is in `tiles.py`. Threads divide the panels for several tokens. For one
-token they divide the spans of all panels: shares are then even whatever the shape. A panel that crosses from one thread
-to the next is joined by the thread that began it; the others publish their sums first of all, so that it need hardly
-wait. The order of sums is that of a tile that has the whole panel.
+token they divide the spans of all panels: shares are then even whatever the shape, and who is through with its own
+helps others with theirs. A panel that crosses from one thread to the next is joined by the thread that began it; the
+others publish their sums first of all, so that it need hardly wait. The order of sums is that of a tile that has the
+whole panel.
 """
 
 from functools import cache
@@ -14,6 +15,7 @@ from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel, helper
 from tpcpu.kernels.memory import load_i64
 from tpcpu.kernels.record import BLOCK, FLOATS
+from tpcpu.kernels.shares import HELPED, take
 from tpcpu.kernels.simd import vectors as v
 from tpcpu.kernels.team import post, wait
 from tpcpu.kernels.team_layout import ARRIVALS, LINE, PUBLISHED, SPINS
@@ -115,26 +117,49 @@ def linear_of_one(form: int, exact: bool) -> Kernel:
             part(form, floats, record, segment, inside, private, begin % spans, last, _room(record, owner))
             _publish(record, thread)
 
-        segment = load_i64(record + 8 * R.SEGMENTS)
-        before = 0
-        for _ in range(load_i64(record + 8 * R.SEGMENT_COUNT)):
-            count = load_i64(segment + 8 * R.S_PANELS)
-            panel, last = max(first - before, 0), min(stop - before, count)
-            if wide > 1:
-                while panel + wide <= last:
-                    tile_of_one(wide, form, floats, record, segment, panel, private)
-                    panel += wide
-            while panel < last:
-                tile_of_one(1, form, floats, record, segment, panel, private)
-                panel += 1
-            before += count
-            segment += 8 * R.SEGMENT_WORDS
-
-        if begin < end and end % spans != 0 and first <= stop:
+        # Its begun panel before the whole ones: when these are done, so are the others' rests, which they do first.
+        joins = begin < end and end % spans != 0 and first <= stop
+        if joins:
             segment, inside = _segment_of(record, stop)
             part(form, floats, record, segment, inside, private, 0, end - stop * spans, _room(record, thread))
-            if _await_parts(record, thread, threads, units, (stop + 1) * spans):
-                _join(record, stop, spans, _room(record, thread))
+
+        team = load_i64(load_i64(record + 8 * R.STEP) + 8 * R.TEAM)
+        helped, owner = 0, thread
+        start, left = first, max(stop - first, 0)
+        while True:
+            if threads > 1:
+                taken = take(team, threads, owner, _number(record), left, helped)
+                if taken == 0:
+                    helped += 1
+                    if helped > min(HELPED, threads - 1):
+                        break
+                    owner = (thread + helped) % threads
+                    start = (units * owner // threads + spans - 1) // spans
+                    left = max(units * (owner + 1) // threads // spans - start, 0)
+                    continue
+                first = start + (taken >> 32)
+                end_here = first + (taken & 0xFFFFFFFF)
+            else:
+                end_here = stop
+            segment = load_i64(record + 8 * R.SEGMENTS)
+            before = 0
+            for _ in range(load_i64(record + 8 * R.SEGMENT_COUNT)):
+                count = load_i64(segment + 8 * R.S_PANELS)
+                panel, last = max(first - before, 0), min(end_here - before, count)
+                if wide > 1:
+                    while panel + wide <= last:
+                        tile_of_one(wide, form, floats, record, segment, panel, private)
+                        panel += wide
+                while panel < last:
+                    tile_of_one(1, form, floats, record, segment, panel, private)
+                    panel += 1
+                before += count
+                segment += 8 * R.SEGMENT_WORDS
+            if threads == 1:
+                break
+
+        if joins and _await_parts(record, thread, threads, units, (stop + 1) * spans):
+            _join(record, stop, spans, _room(record, thread))
 
     return Kernel(linear, f"linear-of-one-{form}-{'exact' if floats else 'int8'}")
 

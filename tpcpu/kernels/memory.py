@@ -138,6 +138,17 @@ def fetch_add(typing_context, address, value):
 
 
 @intrinsic
+def compare_exchange(typing_context, address, expected, value):
+    """Stores `value` if the word is still `expected`; whether it was."""
+
+    def emit(context, builder, signature, args):
+        result = builder.cmpxchg(pointer(builder, args[0], I64), args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
 def pause(typing_context):
     """Tells the core that this is a spinning wait."""
 

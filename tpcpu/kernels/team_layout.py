@@ -32,3 +32,5 @@ ARRIVALS = 6 * LINE
 """From here one line a thread: the last barrier it has reached,"""
 PUBLISHED = 8
 """and, so many bytes behind, the last product of which it has published its part."""
+
+# Behind these, one line a thread: what is left of its share of a product, see `shares.py`.

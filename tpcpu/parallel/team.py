@@ -52,7 +52,7 @@ class Team:
         self.threads = len(cpus)
         self._run = _KERNEL(compiled.run.address)
         self._wake = _KERNEL(compiled.wake.address)
-        self._words = aligned((layout.ARRIVALS + layout.LINE * self.threads) // 8)
+        self._words = aligned((layout.ARRIVALS + 2 * layout.LINE * self.threads) // 8)
         self.address: int = self._words.ctypes.data
         """Where compiled code finds it."""
         self._set(layout.THREADS, self.threads)
