@@ -18,15 +18,12 @@ from tpcpu.kernels.memory import (
     load_u16,
     square_root,
     store_f32,
-    store_i32,
 )
-from tpcpu.kernels.simd import instructions
+from tpcpu.kernels.rounding import round_to_int8
 from tpcpu.kernels.simd import vectors as v
 
 LANES = v.LANES
 BLOCK = R.BLOCK
-SMALLEST = float32(1e-36)
-WEIGHT_BIAS = instructions.WEIGHT_BIAS if instructions else 0
 
 
 @helper
@@ -54,31 +51,6 @@ def feature_share(tokens, width, thread, threads):
         return 0, width
     blocks = (width + BLOCK - 1) // BLOCK
     return blocks * thread // threads * BLOCK, min(blocks * (thread + 1) // threads * BLOCK, width)
-
-
-@helper
-def round_to_int8(record, row, source, begin, end):
-    """Rounds features `begin` to `end` at `source` to int8, one scale per block: the largest becomes 127."""
-    q = word(record, R.Q) + row * word(record, R.Q_STRIDE)
-    scales = word(record, R.Q_SCALES) + row * word(record, R.Q_SCALES_STRIDE)
-    sums = word(record, R.Q_SUMS) + row * word(record, R.Q_SCALES_STRIDE)
-    for first in range(begin, end, BLOCK):
-        largest = v.absolute(v.load(source + 4 * first))
-        for i in range(first + LANES, first + BLOCK, LANES):
-            largest = v.maximum(largest, v.absolute(v.load(source + 4 * i)))
-        peak = v.max_lanes(largest)
-        # A block so small that 127 / peak would overflow counts as zero.
-        peak = peak if peak > SMALLEST else float32(0.0)
-        inverse = float32(127.0) / peak if peak > float32(0.0) else float32(0.0)
-        factor = v.splat(inverse)
-        total = v.zero_integers()
-        for i in range(first, first + BLOCK, LANES):
-            rounded = v.nearest(v.mul(v.load(source + 4 * i), factor))
-            total = v.add_integers(total, rounded)
-            v.store_i8(q + i, rounded)
-        block = first // BLOCK
-        store_f32(scales + 4 * block, peak / float32(127.0))
-        store_i32(sums + 4 * block, -WEIGHT_BIAS * v.sum_lanes_integers(total))
 
 
 @helper

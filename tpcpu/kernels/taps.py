@@ -6,9 +6,10 @@ Knows the state's layout; the product with the taps' weights is a linear's.
 from numpy import float32
 
 from tpcpu.kernels import record as R
-from tpcpu.kernels.activations import copy, feature_share, finish_copy, round_to_int8, word
+from tpcpu.kernels.activations import copy, feature_share, finish_copy, word
 from tpcpu.kernels.compile import helper, kernel
 from tpcpu.kernels.memory import load_f32, load_i32, store_f32
+from tpcpu.kernels.rounding import round_to_int8
 from tpcpu.kernels.simd import vectors as v
 
 LANES = v.LANES
