@@ -7,17 +7,17 @@ every rank runs the same script and gets the same answers. Knows how these three
 
 import atexit
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from tpcpu.checkpoint import Checkpoint
-from tpcpu.engine.engine import DEFAULT_CHUNK_TOKENS, DEFAULT_PAGE_TOKENS, Options
-from tpcpu.engine.generation import Chunk, Completion
+from tpcpu.engine.engine import DEFAULT_CHUNK_TOKENS, DEFAULT_MAX_BATCH, DEFAULT_PAGE_TOKENS, Options
 from tpcpu.engine.local import Info, Local, Score
 from tpcpu.engine.progress import Progress
+from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import LaunchError, PromptError, UsageError
 from tpcpu.models import read_config
 from tpcpu.parallel.communicator import AllReduceKind, connect
@@ -38,6 +38,7 @@ class Backend(Protocol):
     is_root: bool
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]: ...
+    def generate(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Completion]: ...
     def score(self, texts: Sequence[str], window: int | None) -> list[Score]: ...
     def close(self) -> None: ...
 
@@ -48,7 +49,9 @@ class LLM:
     `path`: a checkpoint folder, or a hub name found in the local Hugging Face cache. `ranks`: how many (default: one
     per socket, or per NUMA node under sub-NUMA clustering); under a launcher it is the launcher's. `format` (nf4,
     int8, bf16, float32) and `lm_head`: as stored by default, see `tpcpu quantize`. `exact`: float32 arithmetic.
-    `context`: tokens of prompt and answer. `progress` is told of slow phases.
+    `context`: tokens of prompt and answer. `cache_tokens`: of all prompts and answers that the cache holds together;
+    `max_batch`: how many are worked on at a time; `speculate`: how many tokens are drafted at most, from what the text
+    said before, and verified in one step: it changes no answer. `progress` is told of slow phases.
 
     Raises UserErrors (see `tpcpu.errors`) for whatever is wrong with folder, options and rank count, on all ranks.
     """
@@ -66,10 +69,16 @@ class LLM:
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         page_tokens: int = DEFAULT_PAGE_TOKENS,
         kv_cache: str | None = None,
+        cache_tokens: int | None = None,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        speculate: int = 0,
         all_reduce: AllReduceKind = "window",
         progress: Progress | None = None,
     ) -> None:
-        options = Options(format, lm_head, exact, context, threads, chunk_tokens, page_tokens, kv_cache)
+        options = Options(
+            format, lm_head, exact, context, threads, chunk_tokens, page_tokens, kv_cache, cache_tokens, max_batch,
+            speculate,
+        )  # fmt: skip
         self._backend: Backend
         self._answer: Generator[Chunk, None, None] | None = None
         self._closed = False
@@ -106,16 +115,25 @@ class LLM:
         return self._backend.info
 
     def generate(
-        self, prompts: Sequence[Prompt] | str | bytes, params: SamplingParams | None = None
+        self,
+        prompts: Sequence[Prompt] | str | bytes,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Answers in the order of `prompts`: texts, lists of token ids, or lists of messages (role, content).
 
-        Collective under a launcher. Raises PromptError and TextError for prompts that cannot be answered.
+        They are worked on together, `max_batch` at a time; no answer depends on the others. `params`: for all, or one
+        for each. Collective under a launcher. Raises PromptError and TextError for prompts that cannot be answered.
         """
         several: Sequence[Prompt] = [prompts] if isinstance(prompts, (str, bytes)) else prompts
         if any(isinstance(prompt, Mapping) for prompt in several):
             raise PromptError("prompts: found a message by itself, expected lists of messages: [[{'role': ...}, ...]]")
-        return [_last(self.stream(prompt, params)) for prompt in several]
+        of_all = params or SamplingParams()
+        each = [of_all] * len(several) if isinstance(of_all, SamplingParams) else list(of_all)
+        if len(each) != len(several):
+            raise UsageError(f"params: found {len(each)} for {len(several)} prompts, expected one for each, or for all")
+        self._refuse_closed()
+        self._end_answer()
+        return self._backend.generate(several, each)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
         """The answer chunk by chunk; the last chunk has the completion. Closing the iterator ends the answer.
@@ -175,11 +193,3 @@ def _close(reference: "weakref.ref[LLM]") -> None:
     llm = reference()
     if llm is not None:
         llm.close()
-
-
-def _last(chunks: Iterator[Chunk]) -> Completion:
-    completion = None
-    for chunk in chunks:
-        completion = chunk.completion
-    assert completion is not None
-    return completion

@@ -24,9 +24,9 @@ from typing import Any, NoReturn
 
 from tpcpu import errors
 from tpcpu.engine.engine import Options
-from tpcpu.engine.generation import Chunk, Completion
 from tpcpu.engine.local import Info, Local, Score
 from tpcpu.engine.progress import Progress, Silent
+from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import PromptError, RankError, TpcpuError
 from tpcpu.parallel import launcher
 from tpcpu.parallel.communicator import AllReduceKind, connect
@@ -145,6 +145,15 @@ class Remote:
             if not finished:
                 with suppress(TpcpuError):
                     self._send({"cancel": True})
+
+    def generate(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Completion]:
+        self._send({"generate": [_plain(prompt) for prompt in prompts], "params": [asdict(each) for each in params]})
+        try:
+            return [_completion(fields) for fields in self._receive()["completions"]]
+        except KeyboardInterrupt:
+            with suppress(TpcpuError):
+                self._send({"cancel": True})
+            raise
 
     def score(self, texts: Sequence[str], window: int | None) -> list[Score]:
         scores = []
@@ -267,10 +276,19 @@ class _Root:
             try:
                 if "score" in request:
                     self.answer({"scored": asdict(model.losses(request["score"], request["window"]))})
+                elif "generate" in request:
+                    self._generate(model, request)
                 elif "stream" in request:
                     self._stream(model, request)
             except TpcpuError as problem:
                 self.fail(problem)
+
+    def _generate(self, model: Local, request: _Message) -> None:
+        params = [SamplingParams(**each) for each in request["params"]]
+        # Whatever the driver sends in the meantime ends these answers.
+        answers = model.answers(request["generate"], params, given_up=self._lines.waiting)
+        if answers is not None:
+            self.answer({"completions": [asdict(each) for each in answers]})
 
     def _stream(self, model: Local, request: _Message) -> None:
         for chunk in model.answer(request["stream"], SamplingParams(**request["params"])):

@@ -65,7 +65,7 @@ def test_sizes(half):
     element = 2 if half else 4
     page = 3 * 16 * 64 * element
     assert made.memory.page_bytes == [page] * 3
-    states = 2 * 3 * 3 * 4 * (192 + 96)
+    states = (16 * 3 + 21) * 3 * 4 * (192 + 96)
     assert made.nbytes == 3 * 2 * 3 * 7 * page + states
     assert made.memory.max_positions == 256
 
@@ -75,7 +75,8 @@ def test_regions_do_not_overlap():
     memory = made.memory
     regions = [(at, 21 * size) for at, size in zip(memory.keys, memory.page_bytes, strict=True)]
     regions += [(at, 21 * size) for at, size in zip(memory.values, memory.page_bytes, strict=True)]
-    regions += [(at, 6 * size) for at, size in zip(memory.states, memory.state_bytes, strict=True)]
+    regions += [(at, 16 * 3 * size) for at, size in zip(memory.states, memory.state_bytes, strict=True)]
+    regions += [(at, 21 * size) for at, size in zip(memory.page_states, memory.state_bytes, strict=True)]
     regions.sort()
     assert all(at + size <= following for (at, size), (following, _) in pairwise(regions))
 

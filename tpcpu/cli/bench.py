@@ -113,7 +113,8 @@ def _measure(args: argparse.Namespace) -> int:
         )
     if args.as_rank is not None and communicator.size > 1:
         raise UsageError(f"--as-rank runs in one process, but the launcher started {communicator.size}")
-    chosen = {name: getattr(args, name) for name in ("chunk_tokens", "page_tokens") if getattr(args, name) is not None}
+    given = ("chunk_tokens", "page_tokens", "cache_tokens")
+    chosen = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     options = Options(
         args.format, args.lm_head, args.exact, args.context, args.threads, kv_cache=args.kv_cache,
         exchange=not args.no_exchange and args.as_rank is None,

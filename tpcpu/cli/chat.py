@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tpcpu.cli.flags import model_flags, sampling_flags, sampling_params
+from tpcpu.cli.flags import model_flags, sampling_flags, sampling_params, speculation_flag
 from tpcpu.cli.output import Output
 from tpcpu.errors import LaunchError, PromptError, TextError
 
@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="what comes before the conversation")
     model_flags(parser)
+    speculation_flag(parser)
     sampling_flags(parser)
 
 

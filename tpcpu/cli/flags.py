@@ -54,6 +54,12 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
     )
     run.add_argument("--chunk-tokens", type=positive, metavar="N", help="prompt tokens that one step takes")
     run.add_argument("--page-tokens", type=positive, metavar="N", help="tokens in a page of the cache")
+    run.add_argument(
+        "--cache-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens that the cache holds, of all sequences (default: 4 contexts, at most half of the free memory)",
+    )
     run.add_argument("--kv-cache", choices=KV_CACHES, help="format of keys and values (float32 under --exact)")
     kinds = (
         "window: through shared memory, parts added in rank order; mpi: plain MPI_Allreduce, which promises no order"
@@ -66,6 +72,17 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
     else:
         run.add_argument("--all-reduce", choices=ALL_REDUCES, default="window", help=f"{kinds} (default: window)")
     run.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+
+
+def speculation_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of commands that answer: how they go about it changes no answer."""
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft up to N tokens from what the text said before, and verify them in one step (default: 0)",
+    )
 
 
 def sampling_flags(parser: argparse.ArgumentParser) -> None:

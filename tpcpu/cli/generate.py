@@ -6,7 +6,7 @@ Knows flags and streams. The model is `tpcpu.LLM`.
 import argparse
 from typing import Any
 
-from tpcpu.cli.flags import model_flags, positive, sampling_flags, sampling_params
+from tpcpu.cli.flags import model_flags, positive, sampling_flags, sampling_params, speculation_flag
 from tpcpu.cli.output import Output
 from tpcpu.errors import UsageError
 
@@ -21,6 +21,7 @@ def add_parser(subparsers: Any) -> None:
     given.add_argument("--message", metavar="TEXT", help="a message in the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --message: what comes before it")
     model_flags(parser)
+    speculation_flag(parser)
     sampling_flags(parser)
     shown = parser.add_argument_group("shown with --json")
     shown.add_argument("--logprobs", type=int, metavar="N", help="log probabilities of each token and the N likeliest")

@@ -18,8 +18,8 @@ def load(args: argparse.Namespace, output: Output) -> "LLM":
     """The model of the command's flags. Raises UserErrors."""
     from tpcpu.llm import LLM
 
-    given = ("chunk_tokens", "page_tokens")
-    chosen = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    given = ("chunk_tokens", "page_tokens", "cache_tokens", "speculate")
+    chosen = {name: getattr(args, name) for name in given if getattr(args, name, None) is not None}
     with Loading(output) as progress:
         return LLM(
             args.model, args.ranks, args.format, args.lm_head, args.exact, args.context,

@@ -12,15 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpcpu.checkpoint import Checkpoint
-from tpcpu.engine.cache import Cache
+from tpcpu.engine import room
+from tpcpu.engine.cache import Cache, Layout
 from tpcpu.engine.progress import Progress, Silent
 from tpcpu.engine.source import Folder, Source
+from tpcpu.engine.speculation import MOST_DRAFTED
 from tpcpu.errors import UsageError
 from tpcpu.kernels import isa
 from tpcpu.kernels.compile import Kernel, spent_seconds
 from tpcpu.models import Model, read_config
 from tpcpu.parallel import numa
 from tpcpu.parallel.communicator import AllReduce, Communicator
+from tpcpu.parallel.limits import available_bytes
 from tpcpu.parallel.partition import Share
 from tpcpu.parallel.team import Team
 from tpcpu.parallel.topology import Topology
@@ -30,9 +33,9 @@ from tpcpu.program.lowering import Stage
 from tpcpu.program.operations import Program
 from tpcpu.program.weights import Packed
 
-DEFAULT_CONTEXT = 8192
 DEFAULT_CHUNK_TOKENS = 256
 DEFAULT_PAGE_TOKENS = 64
+DEFAULT_MAX_BATCH = 16
 
 MOST_WANTED_BYTES = 64 << 20
 """Logits of one step are kept below this: a whole vocabulary for every token of a chunk would be many times a model."""
@@ -53,6 +56,12 @@ class Options:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     page_tokens: int = DEFAULT_PAGE_TOKENS
     kv_cache: str | None = None
+    cache_tokens: int | None = None
+    """Positions that the cache holds, of all sequences together."""
+    max_batch: int = DEFAULT_MAX_BATCH
+    """Requests that run at the same time, at most."""
+    speculate: int = 0
+    """Tokens that are drafted at a time, at most."""
     exchange: bool = True
     """Without: a rank takes its own part for the sum. Its answers are wrong; its time is that of everything else."""
     share: Share | None = None
@@ -98,21 +107,22 @@ class Engine:
         """All that needs no other rank: every mistake that can be found early is found here."""
         self.model: Model = read_config(self.source.open())
         self.program: Program = self.model.program(self.share)
-        self.context = _context(options.context, self.model)
         self.isa = isa.selected().name
         if options.kv_cache not in (None, "bf16", "float32"):
             raise UsageError(f"--kv-cache {options.kv_cache} is unknown; bf16 and float32 are supported")
         half = (options.kv_cache or ("float32" if options.exact else "bf16")) == "bf16"
-        if options.chunk_tokens < 1:
-            raise UsageError(f"--chunk-tokens {options.chunk_tokens} is not at least 1")
-        self.chunk_tokens = min(options.chunk_tokens, self.context)
+        self._layout = Layout(self.program, options.page_tokens, half)
+        room.check(options.context, options.cache_tokens, options.page_tokens, self.model)
+        for name in ("chunk_tokens", "max_batch"):
+            if getattr(options, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)} is not at least 1")
+        if not 0 <= options.speculate <= MOST_DRAFTED:
+            raise UsageError(f"--speculate {options.speculate} is not between 0 and {MOST_DRAFTED}")
+        self.max_batch, self.speculate = options.max_batch, options.speculate
         self.source.bind(self.model, self.program, options.format, options.lm_head)
-        self.cache = Cache(self.program, context=self.context, page_tokens=options.page_tokens, sequences=1, half=half)
         self.vocabulary = self.model.config.vocab_size
         size = self.share.size
         self._heads = [Share(rank, size).split(self.vocabulary) for rank in range(size)]
-        widest = max(len(rows) for rows in self._heads)
-        self.most_wanted = max(1, min(self.chunk_tokens, MOST_WANTED_BYTES // (4 * widest)))
         if options.threads is not None and options.threads < 1:
             raise UsageError(f"--threads {options.threads} is not at least 1")
 
@@ -138,6 +148,7 @@ class Engine:
         begin, compiled = time.perf_counter(), spent_seconds()
         self.weights, self.arena = self.source.load(communicator, self.team, self.cpus, self.progress)
         self.load_seconds = time.perf_counter() - begin - (spent_seconds() - compiled)
+        self._make_room(options)
         self._compiled = Compiled(
             self.program, self.weights, self.cache.memory, self.team,
             all_reduce=communicator.all_reduce(self.team) if options.exchange else AllReduce("local"),
@@ -145,6 +156,25 @@ class Engine:
             tokens=self.chunk_tokens, wanted=self.most_wanted, report=self.progress.say,
         )  # fmt: skip
         self._report_locality()
+
+    def _make_room(self, options: Options) -> None:
+        """The cache, as large as was asked for, or as memory allows beside the weights."""
+        free = available_bytes() or 1 << 40
+        fitting = room.tokens_that_fit(self._layout, free // self.communicator.host_size)
+        self.context, tokens = room.decide(
+            options.context, options.cache_tokens, options.page_tokens,
+            min(self.communicator.all_gather_object(fitting)), self.model,
+        )  # fmt: skip
+        if options.context is None and self.context < room.default_context(self.model):
+            why = f"memory is left for a cache of {tokens} tokens" if options.cache_tokens is None else "--cache-tokens"
+            self.progress.say(f"context: {self.context} tokens ({why})")
+        self.cache = Cache(
+            self.program, context=self.context, page_tokens=options.page_tokens, sequences=self.max_batch,
+            half=self._layout.half, tokens=tokens,
+        )  # fmt: skip
+        self.chunk_tokens = min(options.chunk_tokens, self.context)
+        widest = max(len(rows) for rows in self._heads)
+        self.most_wanted = max(1, min(self.chunk_tokens, MOST_WANTED_BYTES // (4 * widest)))
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -270,12 +300,3 @@ def _largest(row: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     above = np.flatnonzero(row > threshold)
     level = np.flatnonzero(row == threshold)
     return np.concatenate([above, level[: count - len(above)]])
-
-
-def _context(asked: int | None, model: Model) -> int:
-    most = model.config.max_position_embeddings
-    if asked is None:
-        return min(most, DEFAULT_CONTEXT)
-    if not 1 <= asked <= most:
-        raise UsageError(f"--context {asked} is impossible: the model was made for 1 to {most} positions")
-    return asked

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from tpcpu.engine import generation
 from tpcpu.engine.engine import Engine, Options
-from tpcpu.engine.generation import Chunk
 from tpcpu.engine.progress import Progress
+from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import RankError, TpcpuError
 from tpcpu.parallel.communicator import Communicator
 from tpcpu.sampling import SamplingParams
@@ -88,6 +88,16 @@ class Local:
         assert self._generator is not None
         return self._generator.stream(self._tokenizer.prompt_ids(prompt), params)
 
+    def answers(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams],
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> list[Completion] | None:  # fmt: skip
+        """Rank 0 while the others follow: the answers to many prompts; None if `given_up` said so before a step."""
+        assert self._tokenizer is not None
+        assert self._generator is not None
+        ids = [self._tokenizer.prompt_ids(prompt) for prompt in prompts]
+        return self._generator.complete(list(zip(ids, params, strict=True)), given_up)
+
     def losses(self, text: str, window: int | None) -> Score:
         """Rank 0 while the others follow: the loss of one text."""
         assert self._tokenizer is not None
@@ -116,6 +126,11 @@ class Local:
         finally:
             self.release()
             _announce(self._communicator, chunks, error)
+
+    def generate(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Completion]:
+        answers = self._together(lambda: self.answers(prompts, params))
+        assert answers is not None
+        return answers
 
     def score(self, texts: Sequence[str], window: int | None) -> list[Score]:
         return self._together(lambda: [self.losses(text, window) for text in texts])

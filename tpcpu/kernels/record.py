@@ -14,6 +14,9 @@ NF4, NF4_SINGLE, INT8, BF16, F16, FLOAT32 = range(FORMATS)
 FLOATS = (BF16, F16, FLOAT32)
 """Formats that always multiply float32 activations."""
 
+RING = 16
+"""Inputs of a convolution that a sequence keeps, by position modulo this: a token and the most drafts behind it."""
+
 SPAN = 16
 """Blocks whose products are added in order into one sum; spans are added in order. It fixes the order of all sums."""
 
@@ -87,9 +90,11 @@ TOTAL_STRIDE = 21
 ELEMENT = 22
 """The format of stored values: BF16, F16 or FLOAT32."""
 STATE = 23
-"""float32 inputs of a convolution: two rows a sequence, for even positions and odd ones,"""
+"""float32 inputs of a convolution: `RING` rows a sequence, by position modulo `RING`,"""
 STATE_STRIDE = 24
-"""bytes from one to the next."""
+"""bytes from one row to the next,"""
+STATE_PAGES = 26
+"""and such rows for pages of the cache, one each: the input at the page's last position."""
 PARTS = 25
 """How many partial sums lie behind each other."""
 ROW = 27

@@ -42,6 +42,16 @@ def read_limits(root: Path, environ: Mapping[str, str]) -> Limits:
     )
 
 
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process could still be given, as the kernel and the control groups see it; None if unknown."""
+    found = [room for folder, unified in _groups(root, "memory") if (room := _group_room(folder, unified)) is not None]
+    for line in (read_text(root / "proc" / "meminfo") or "").splitlines():
+        words = line.split()
+        if words[0] == "MemAvailable:" and words[1].isdecimal():
+            found.append(int(words[1]) * 1024)
+    return max(min(found), 0) if found else None
+
+
 def parse_cpu_list(text: str) -> frozenset[int]:
     """The numbers of a kernel list such as `0-3,8,10-11`; text that is no list counts as empty."""
     numbers: set[int] = set()
@@ -113,6 +123,20 @@ def _memory_limits(root: Path) -> Iterator[int]:
         limit = read_text(folder / ("memory.max" if unified else "memory.limit_in_bytes")) or ""
         if limit.isdecimal() and int(limit) < UNLIMITED_BYTES:
             yield int(limit)
+
+
+def _group_room(folder: Path, unified: bool) -> int | None:
+    """What is left of a group's limit; file pages that are not in use count as left."""
+    limit = read_text(folder / ("memory.max" if unified else "memory.limit_in_bytes")) or ""
+    usage = read_text(folder / ("memory.current" if unified else "memory.usage_in_bytes")) or ""
+    if not (limit.isdecimal() and usage.isdecimal() and int(limit) < UNLIMITED_BYTES):
+        return None
+    name, unused = "inactive_file" if unified else "total_inactive_file", 0
+    for line in (read_text(folder / "memory.stat") or "").splitlines():
+        words = line.split()
+        if words[0] == name and words[1].isdecimal():
+            unused = int(words[1])
+    return int(limit) - int(usage) + unused
 
 
 def _slurm_cpus(environ: Mapping[str, str]) -> int | None:

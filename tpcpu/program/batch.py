@@ -73,6 +73,11 @@ class Batch:
         ]
         return cls.read(np.array(words, np.int32))
 
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Makes this the next batch of the same sequences, one token of each: for steps with no more news than that."""
+        self.tokens[:] = tokens
+        np.add(self.positions, 1, out=self.positions)
+
     @classmethod
     def read(cls, message: NDArray[np.int32]) -> "Batch":
         """Views into a message that `build` made."""

@@ -208,6 +208,7 @@ class Binder:
         words = {
             **_between(x, place, op.x.width), **copies,
             R.STATE: self._cache.states[op.state], R.STATE_STRIDE: self._cache.state_bytes[op.state],
+            R.STATE_PAGES: self._cache.page_states[op.state],
         }  # fmt: skip
         if from_copy:
             words.update({R.IN_ROW: self._copies_of(op.x), R.IN_ROW_STRIDE: stride_bytes(op.x.width)})

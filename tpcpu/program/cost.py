@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from statistics import mode
 
-from tpcpu.kernels.record import SPAN
+from tpcpu.kernels.record import RING, SPAN
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.lowering import Joining, stages
 from tpcpu.program.operations import (
@@ -238,14 +238,14 @@ class Memory:
     cache: int
     """Keys and values of one sequence that fills the context."""
     states: int
-    """The convolutions' last two inputs of one sequence, float32."""
+    """The convolutions' last inputs of one sequence, and that behind each page, float32."""
 
     @property
     def total(self) -> int:
         return self.weights + self.vectors + self.cache + self.states
 
 
-def memory(program: Program, storage: Storage, context: int, sequences: int = 1) -> Memory:
+def memory(program: Program, storage: Storage, context: int, sequences: int = 1, page_tokens: int = 64) -> Memory:
     """What one rank keeps for sequences of `context` positions. The embedding is kept once per host: see below."""
     return Memory(
         weights=sum(
@@ -255,7 +255,7 @@ def memory(program: Program, storage: Storage, context: int, sequences: int = 1)
         ),
         vectors=sum(weight_bytes(weight, "float32") for weight in program.weights if weight.kind is Kind.VECTOR),
         cache=sum(2 * kv.heads * kv.head_dim for kv in program.kv) * FLOAT_BYTES[storage.cache] * context * sequences,
-        states=2 * 4 * sum(program.states) * sequences,
+        states=(RING + -(-context // page_tokens)) * 4 * sum(program.states) * sequences,
     )
 
 

@@ -21,7 +21,7 @@ class CacheMemory:
     """Where the cache of all sequences lies: what operations on it need to know, by layer or number of state.
 
     Keys of a page: heads x tiles of 16 positions x dim x 16; values: heads x positions x dim; bfloat16 if `half`,
-    else float32. States: two rows of float32 a sequence, one for its even positions and one for the odd.
+    else float32. States: `RING` rows of float32 a sequence, by position modulo `RING`; states of pages: one row a page.
     """
 
     half: bool
@@ -31,6 +31,7 @@ class CacheMemory:
     values: Sequence[int]
     page_bytes: Sequence[int]
     states: Sequence[int]
+    page_states: Sequence[int]
     state_bytes: Sequence[int]
 
 
