@@ -218,27 +218,85 @@ def test_a_conversation_goes_on_from_what_the_cache_has(monkeypatch):
     step = Engine.step
 
     def counted(self, batch: Batch):
-        fed.append(batch.tokens)
+        fed.append(len(batch.tokens))
         return step(self, batch)
 
     monkeypatch.setattr(Engine, "step", counted)
-    with LLM(YUAN, ranks=1, format="nf4") as model:
+    with LLM(YUAN, ranks=1, format="nf4", page_tokens=16) as model:
         messages = [{"role": "user", "content": "How many legs have two cats?"}]
-        (first,) = model.generate([messages], SHORT)
+        (first,) = model.generate([messages], GREEDY)
+        # The last token of the answer has not gone through the model; whole pages are kept.
+        known = (len(first.prompt_ids) + len(first.ids) - 1) // 16 * 16
+        assert known >= 48
         # As ids, for a text may be divided into tokens in another way when it is read again.
         longer = [*first.prompt_ids, *first.ids, *first.prompt_ids]
-        fed.clear()
-        (second,) = model.generate([longer], SHORT)
-        continued = sum(map(count, fed))
         model.generate([STORY["prompt"]], SHORT)
         fed.clear()
+        (second,) = model.generate([longer], SHORT)
+        assert sum(fed) == len(longer) - known + 7
+    with LLM(YUAN, ranks=1, format="nf4") as model:
+        fed.clear()
         (fresh,) = model.generate([longer], SHORT)
-        assert fresh.ids == second.ids
-        assert sum(map(count, fed)) - continued == len(first.prompt_ids) + len(first.ids) - 1
+        assert sum(fed) == len(longer) + 7
+    assert fresh.ids == second.ids
 
 
-def count(tokens: object) -> int:
-    return len(tokens) if hasattr(tokens, "__len__") else int(tokens)
+def test_many_prompts_are_answered_together_and_as_if_alone(llm):
+    prompts = [case["prompt_ids"] for case in CASES.values()] * 3
+    params = [
+        replace(SHORT, max_tokens=3 + number, temperature=number % 2, seed=number) for number in range(len(prompts))
+    ]
+    together = llm.generate(prompts, params)
+    for prompt, each, answer in zip(prompts, params, together, strict=True):
+        (alone,) = llm.generate([prompt], each)
+        assert (answer.ids, answer.text, answer.finish_reason) == (alone.ids, alone.text, alone.finish_reason)
+    with pytest.raises(UsageError, match="found 2 for 3 prompts"):
+        llm.generate(prompts[:3], [SHORT, SHORT])
+    with pytest.raises(PromptError, match="context of 512"):
+        llm.generate([*prompts[:3], STORY["prompt"] * 80], SHORT)
+
+
+def test_ctrl_c_while_many_are_answered_leaves_a_model_that_answers(llm):
+    def answer_for_ever() -> None:
+        while True:
+            llm.generate([STORY["prompt"], MATHS["prompt"]] * 20, replace(GREEDY, max_tokens=400))
+
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        answer_for_ever()
+    timer.join()
+    (again,) = llm.generate(STORY["prompt"], SHORT)
+    assert again.ids == STORY["greedy_ids"][:8]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_drafts_change_no_answer(ranks):
+    with LLM(YUAN, ranks=ranks, exact=True, speculate=7) as model:
+        for case in CASES.values():
+            (answer,) = model.generate([case["prompt_ids"]], GREEDY)
+            assert answer.ids == case["greedy_ids"]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"cache_tokens": 10}, "--cache-tokens 10 is less than a page of 64"),
+        ({"cache_tokens": 100, "context": 100}, "at least 128 works"),
+        ({"max_batch": 0}, "--max-batch 0"),
+        ({"speculate": 16}, "--speculate 16 is not between 0 and 15"),
+        ({"speculate": -1}, "--speculate -1"),
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be(options, part):
+    with pytest.raises(UsageError, match=part):
+        LLM(STORIES, ranks=1, **options)
+
+
+def test_a_small_cache_shortens_the_context():
+    with LLM(STORIES, ranks=1, cache_tokens=150) as model:
+        assert model.info.context == 128
 
 
 # -- a plain script that starts its ranks

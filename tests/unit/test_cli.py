@@ -188,6 +188,7 @@ def test_model_flags_have_the_defaults_of_the_documentation():
         "threads": None,
         "chunk_tokens": None,
         "page_tokens": None,
+        "cache_tokens": None,
         "kv_cache": None,
         "all_reduce": "window",
         "json": False,
