@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.shared import DATA
-from tpcpu.bench.decode import Request
-from tpcpu.bench.measure import Settings, hertz
+from tpcpu.bench.measure import hertz
+from tpcpu.bench.requests import Requests
 from tpcpu.bench.times import CLASSES, class_of, label_of, shares, table
 from tpcpu.engine.engine import Engine, Options
 from tpcpu.kernels import record as R
@@ -69,20 +69,18 @@ def engine(request):
 
 
 def test_a_timed_answer_is_the_same_answer(engine):
-    settings = Settings(prompt_tokens=5, new_tokens=6)
-    plain = Request(engine, settings.prompt_tokens, settings.new_tokens)
+    prompt, new = [3, 14, 15, 92, 65], 6
+    plain = Requests(engine, [prompt], new)
     plain.prefill()
     plain.decode()
-    plain.end()
-    timed = Request(engine, settings.prompt_tokens, settings.new_tokens)
+    timed = Requests(engine, [prompt], new)
     timed.prefill()
     with engine.team.timed(len(engine.stages)) as cycles:
-        seconds = timed.decode()
-    timed.end()
+        rate = timed.decode()
     assert timed.ids == plain.ids
-    assert len(timed.ids) == 7
-    noted = cycles / hertz(engine.team) / settings.new_tokens
-    step = seconds / settings.new_tokens
+    assert len(timed.ids[0]) == 7
+    noted = cycles / hertz(engine.team) / new
+    step = 1 / rate
     times = shares(engine.stages, noted, step)
     assert tuple(times) == CLASSES
     assert all(value >= 0 for value in times.values())

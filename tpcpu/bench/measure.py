@@ -1,16 +1,18 @@
-"""The whole measurement of one engine: ceilings and requests in turn, then one request with every operation timed."""
+"""The whole measurement of one engine: ceilings and requests in turn, then a request with every operation timed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tpcpu.bench import ceilings
 from tpcpu.bench.ceilings import STEADY, Peaks, Reading, spread
-from tpcpu.bench.decode import Request, following
 from tpcpu.bench.joining import all_reduce_times, medians
+from tpcpu.bench.requests import Prompts, Requests, following
 from tpcpu.bench.resident import Peak
 from tpcpu.bench.times import CLASSES, Row, class_of, shares, table
 from tpcpu.bench.weights import Tally, tally, token_bytes
@@ -32,9 +34,16 @@ _CALIBRATION_ROUNDS = 1 << 22
 class Settings:
     """What is run how often."""
 
-    prompt_tokens: int = 128
+    prompt_tokens: tuple[int, ...] = (128,)
+    """One measurement for each; all on the same weights."""
     new_tokens: int = 64
     runs: int = 5
+    batch: int = 1
+    """Requests that are worked on together."""
+    cached_tokens: int | None = None
+    """Of a prompt whose beginning is in the cache, timed beside one whose is not."""
+    replay: tuple[int, ...] | None = None
+    """A text that is drafted from and that the answer follows, with drafts and without."""
     message_bytes: int | None = None
     """Of an all-reduce that is timed by itself."""
 
@@ -47,32 +56,95 @@ class Report:
     lines: list[str] = field(default_factory=list)
     operations: list[Row] = field(default_factory=list)
     step: float = 0.0
-    """Seconds of a token while its operations were timed."""
+    """Seconds of a step while its operations were timed;"""
+    prefill_operations: list[Row] = field(default_factory=list)
+    prefill_step: float = 0.0
+    """and of a token of a prompt."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Where the time of a step, or of a prompt's token, went."""
+
+    times: dict[str, float]
+    """Seconds by class, the mean over ranks."""
+    step: float
+    rows: list[Row]
+    """Of rank 0."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        whole = sum(self.times.values())
+        return {kind: seconds / whole for kind, seconds in self.times.items()}
+
+
+class _TimedRequest(NamedTuple):
+    prefill: Timed
+    decode: Timed
 
 
 def measure(
     name: str, source: str | Source, communicator: Communicator, options: Options, settings: Settings,
     progress: Progress | None = None, note: Callable[[str], None] = lambda _: None,
-) -> Report:  # fmt: skip
-    """Loads a model and measures it. Collective; every rank gets the report. Raises UserErrors on all ranks."""
+) -> list[Report]:  # fmt: skip
+    """Loads a model and measures it, once for each length of prompts. Collective; every rank gets the reports.
+
+    Raises UserErrors on all ranks.
+    """
     memory = Peak()
     with memory:
         engine = Engine(source, communicator, options, progress)
     try:
-        needed = settings.prompt_tokens + settings.new_tokens
-        if needed > engine.context:
-            raise UsageError(
-                f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} need a context of "
-                f"{needed}, but it is {engine.context}; take fewer, or raise --context where the model has more"
-            )
-        return _Measurement(engine, settings, memory, note).report(name, options)
+        _check(engine, settings)
+        prompts = Prompts(engine.vocabulary)
+        found = []
+        for tokens in settings.prompt_tokens:
+            if len(settings.prompt_tokens) > 1:
+                note(f"prompts of {tokens} tokens")
+            found.append(_Measurement(engine, settings, tokens, prompts, memory, note).report(name, options))
+        return found
     finally:
         engine.close()
 
 
+def _check(engine: Engine, settings: Settings) -> None:
+    """Raises UsageError for what this engine has no room for."""
+    longest, new = max(settings.prompt_tokens), settings.new_tokens
+    needed = longest + new
+    if needed > engine.context:
+        raise UsageError(
+            f"--prompt-tokens {longest} and --new-tokens {new} need a context of "
+            f"{needed}, but it is {engine.context}; take fewer, or raise --context where the model has more"
+        )
+    if settings.batch > min(engine.max_batch, engine.chunk_tokens, engine.most_wanted):
+        raise UsageError(
+            f"--batch {settings.batch} is more than a step can take; raise --chunk-tokens above {engine.chunk_tokens}"
+        )
+    together = settings.batch * -(-needed // engine.cache.page_tokens)
+    if together > engine.cache.pages.count:
+        raise UsageError(
+            f"--batch {settings.batch} with {needed} tokens each needs a cache of {together} pages, "
+            f"but it has {engine.cache.pages.count}; raise --cache-tokens"
+        )
+    if settings.replay is not None and len(settings.replay) <= needed:
+        raise UsageError(
+            f"--replay: the text has {len(settings.replay)} tokens, but --prompt-tokens {longest} and "
+            f"--new-tokens {new} need {needed + 1}; take fewer, or a longer text"
+        )
+    if settings.replay is not None and max(settings.replay) >= engine.vocabulary:
+        raise UsageError(
+            f"--replay: token {max(settings.replay)} is none of this model, which has {engine.vocabulary}; "
+            "take the tokenizer that belongs to it"
+        )
+
+
 class _Measurement:
-    def __init__(self, engine: Engine, settings: Settings, memory: Peak, note: Callable[[str], None]) -> None:
-        self._engine, self._settings, self._memory, self._note = engine, settings, memory, note
+    def __init__(
+        self, engine: Engine, settings: Settings, prompt_tokens: int, prompts: Prompts, memory: Peak,
+        note: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._engine, self._settings, self._prompt_tokens = engine, settings, prompt_tokens
+        self._prompts, self._memory, self._note = prompts, memory, note
         self._communicator = engine.communicator
         assert engine.team is not None
         self._team = engine.team
@@ -87,42 +159,42 @@ class _Measurement:
         peaks = Peaks(self._team, communicator)
         self._note("warming up")
         self._request()
-        prefills, decodes = [], []
+        found: dict[str, list[float]] = {}
         for number in range(settings.runs):
             reading.sweep()
             peaks.look()
-            prefill, decode = self._request()
-            prefills.append(settings.prompt_tokens / prefill)
-            decodes.append(settings.new_tokens / decode)
-            self._note(f"run {number + 1} of {settings.runs}: {decodes[-1]:.2f} tokens/s, read {reading.best:.2f} GB/s")
+            for key, value in self._request().items():
+                found.setdefault(key, []).append(value)
+            rate = found["decode_tokens_per_s"][-1]
+            self._note(f"run {number + 1} of {settings.runs}: {rate:.2f} tokens/s, read {reading.best:.2f} GB/s")
             self._memory.look()
         reading.sweep()
         peaks.look()
-        times, step, rows = self._timed()
+        timed = self._timed()
         self._memory.look()
 
+        prefills, decodes = found["prefill_tokens_per_s"], found["decode_tokens_per_s"]
         # What the machine can do may change from minute to minute: each run also stands beside the looks around it.
         fractions = [
-            total.token_bytes * rate / 1e9 / reading.best_of(number, number + 2) for number, rate in enumerate(decodes)
+            total.token_bytes * rate / settings.batch / 1e9 / reading.best_of(number, number + 2)
+            for number, rate in enumerate(decodes)
         ]
         decode_rate, prefill_rate = float(np.median(decodes)), float(np.median(prefills))
-        products = total.products + total.head_products / settings.prompt_tokens
+        products = total.products + total.head_products / self._prompt_tokens
         prefill_gops = 2 * products * prefill_rate / 1e9
         integer = not options.exact and any(record.name.endswith("int8") for _, record in engine.stages)
         loads = communicator.all_gather_object((engine.load_seconds, engine.source.loaded_bytes, compile_s))
         slowest = max(seconds for seconds, *_ in loads)
-        runs: dict[str, object] = {
-            "prefill_tokens_per_s": prefills,
-            "decode_tokens_per_s": decodes,
-            "bandwidth_fraction": fractions,
-            "read_bandwidth_gbs": reading.gbs,
-        }
+        runs: dict[str, object] = {**found, "bandwidth_fraction": fractions, "read_bandwidth_gbs": reading.gbs}
         result: dict[str, object] = {
             "model": name,
             "ranks": communicator.size,
             "threads_per_rank": self._team.threads,
             "isa": engine.isa,
             "arithmetic": "int8" if integer else "float32",
+            "prompt_tokens": self._prompt_tokens,
+            "new_tokens": settings.new_tokens,
+            "batch": settings.batch,
             "weight_bytes_per_token": total.token_bytes,
             "weight_bytes_per_rank": [each.held_bytes for each in self._tallies],
             "bits_per_nf4_weight": total.bits_per_nf4_weight,
@@ -134,60 +206,122 @@ class _Measurement:
             "arithmetic_fraction": prefill_gops / (peaks.int8_gops if integer else peaks.fma_gflops),
             "decode_tokens_per_s": decode_rate,
             "decode_ms_per_token": 1e3 / decode_rate,
-            "bandwidth_fraction": total.token_bytes * decode_rate / 1e9 / reading.best,
-            "time_share": {kind: seconds / sum(times.values()) for kind, seconds in times.items()},
+            "bandwidth_fraction": total.token_bytes * decode_rate / settings.batch / 1e9 / reading.best,
+            "time_share": timed.decode.shares,
+            "prefill_time_share": timed.prefill.shares,
+            **self._attention(timed.prefill, peaks.fma_gflops),
             "load_s": slowest,
             "load_gbs": sum(nbytes for _, nbytes, _ in loads) / slowest / 1e9,
             "compile_s": max(seconds for *_, seconds in loads),
             "peak_rss_gb": sum(communicator.all_gather_object(self._memory.nbytes)) / 1e9,
             "runs": runs,
         }
+        result |= {key: float(np.median(values)) for key, values in found.items() if key not in result}
         joining = {}
         if settings.message_bytes is not None:
             joining = all_reduce_times(communicator, self._team, settings.message_bytes)
             result |= medians(joining)
             result["runs"] = runs | joining
-        lines = _lines(result, settings, reading, times, prefills, decodes, fractions)
+        lines = _lines(result, reading, found, fractions)
         lines += [
             f"{name:<18} {spread(values)} us for {settings.message_bytes} bytes" for name, values in joining.items()
         ]
-        return Report(result, lines, rows, step)
+        return Report(result, lines, timed.decode.rows, timed.decode.step, timed.prefill.rows, timed.prefill.step)
 
-    def _request(self) -> tuple[float, float]:
-        """One request on all ranks; seconds of prompt and of later tokens, on rank 0."""
-        engine, settings = self._engine, self._settings
-        seconds = (1.0, 1.0)
-        with following(engine) as leads:
+    def _request(self) -> dict[str, float]:
+        """Requests on all ranks, by what is measured of them on rank 0."""
+        found: dict[str, float] = {}
+        with following(self._engine) as leads:
             if leads:
-                request = Request(engine, settings.prompt_tokens, settings.new_tokens)
-                seconds = request.prefill(), request.decode()
-                request.end()
-        return self._communicator.broadcast_object(seconds)
+                found = self._lead()
+        return self._communicator.broadcast_object(found)
 
-    def _timed(self) -> tuple[dict[str, float], float, list[Row]]:
-        """Seconds of a token by class, the mean over ranks; of the whole token; and rank 0's table of operations."""
+    def _lead(self) -> dict[str, float]:
+        engine, settings, tokens = self._engine, self._settings, self._prompt_tokens
+        prompts = self._prompts.random(settings.batch, tokens)
+        with _drafting(engine, 0):
+            requests = Requests(engine, prompts, settings.new_tokens)
+            prefill = requests.prefill()
+            found = {"prefill_tokens_per_s": settings.batch * tokens / prefill}
+            found["decode_tokens_per_s"] = requests.decode()
+            if settings.cached_tokens is not None:
+                again = self._prompts.beginning(prompts[0], min(settings.cached_tokens, tokens - 1))
+                cached = Requests(engine, [again], 1)
+                found["ttft_ms"] = 1e3 * prefill
+                found["cached_ttft_ms"] = 1e3 * cached.prefill()
+                found["cached_ttft_ratio"] = found["cached_ttft_ms"] / found["ttft_ms"]
+                cached.decode()
+        if settings.replay is not None:
+            found |= self._replay(settings.replay)
+        return found
+
+    def _replay(self, text: Sequence[int]) -> dict[str, float]:
+        """The same answer with drafts and without."""
+        engine, settings = self._engine, self._settings
+        rates = {}
+        for most in (engine.speculate, 0):
+            with _drafting(engine, most):
+                prompt = self._prompts.replayed(text, self._prompt_tokens)
+                requests = Requests(engine, [prompt], settings.new_tokens, text)
+                requests.prefill()
+                rates[most] = requests.decode()
+            if most:
+                drafted, accepted, steps = requests.drafted, requests.accepted, requests.steps
+        return {
+            "speculate_tokens_per_s": rates[engine.speculate],
+            "plain_tokens_per_s": rates[0],
+            "speculate_ratio": rates[engine.speculate] / rates[0],
+            "drafted_tokens": drafted,
+            "accepted_tokens": accepted,
+            "speculate_steps": steps,
+        }
+
+    def _timed(self) -> "_TimedRequest":
+        """A request whose operations are timed."""
         engine, settings, communicator = self._engine, self._settings, self._communicator
         cycles_per_second = hertz(self._team)
-        request = None
-        with following(engine) as leads:
-            if leads:
-                request = Request(engine, settings.prompt_tokens, settings.new_tokens)
-                request.prefill()
+        requests = None
         seconds = 1.0
-        with self._team.timed(len(engine.stages)) as cycles, following(engine):
-            if request is not None:
-                seconds = request.decode()
-                request.end()
-        step = communicator.broadcast_object(seconds) / settings.new_tokens
-        noted: NDArray[np.float64] = cycles / cycles_per_second / settings.new_tokens
-        of_ranks = communicator.all_gather_object(shares(engine.stages, noted, step))
-        times = {kind: float(np.mean([each[kind] for each in of_ranks])) for kind in CLASSES}
-        return times, step, table(engine.stages, noted, self._record_bytes())
+        found = []
+        for prompt in (True, False):
+            with self._team.timed(len(engine.stages)) as cycles, following(engine) as leads, _drafting(engine, 0):
+                if leads and prompt:
+                    requests = Requests(
+                        engine, self._prompts.random(settings.batch, self._prompt_tokens), settings.new_tokens
+                    )
+                    seconds = requests.prefill()
+                elif requests is not None:
+                    seconds = settings.batch * settings.new_tokens / requests.decode()
+            tokens = self._prompt_tokens * settings.batch if prompt else settings.new_tokens
+            step = communicator.broadcast_object(seconds) / tokens
+            noted: NDArray[np.float64] = cycles / cycles_per_second / tokens
+            of_ranks = communicator.all_gather_object(shares(engine.stages, noted, step))
+            times = {kind: float(np.mean([each[kind] for each in of_ranks])) for kind in CLASSES}
+            rows = table(engine.stages, noted, {} if prompt else self._record_bytes())
+            found.append(Timed(times, step, rows))
+        return _TimedRequest(*found)
+
+    def _attention(self, prefill: "Timed", peak_gflops: float) -> dict[str, float]:
+        """How fast a prompt's attention is, and all the rest of a prompt."""
+        tokens = self._prompt_tokens
+        operations = 0
+        for op in self._engine.program.operations:
+            if isinstance(op, Attention):
+                # A query with each key, and each weight with a value: a multiply and an add for every dimension.
+                operations += 4 * op.head_dim * op.heads * tokens * (tokens + 1) // 2
+        total = sum(self._communicator.all_gather_object(operations))
+        seconds = prefill.times["attention"] * tokens
+        gflops = total / seconds / 1e9 if seconds else 0.0
+        return {
+            "prefill_attention_gflops": gflops,
+            "prefill_attention_fraction": gflops / peak_gflops,
+            "prefill_outside_attention_tokens_per_s": 1 / (sum(prefill.times.values()) - prefill.times["attention"]),
+        }
 
     def _record_bytes(self) -> dict[int, int]:
         """Of the records that read weights or cache: bytes for one token, in the middle of the answer."""
         engine, settings = self._engine, self._settings
-        length = settings.prompt_tokens + settings.new_tokens // 2
+        length = self._prompt_tokens + settings.new_tokens // 2
         element = 2 if engine.cache.memory.half else 4
         found: dict[int, int] = {}
         seen: set[int] = set()
@@ -201,7 +335,7 @@ class _Measurement:
                 if isinstance(op, Attention) and id(stage) not in seen:
                     seen.add(id(stage))
                     kv = engine.program.kv[op.layer]
-                    found[number] = 2 * kv.heads * kv.head_dim * element * length
+                    found[number] = 2 * kv.heads * kv.head_dim * element * length * settings.batch
         return found
 
 
@@ -222,22 +356,51 @@ def hertz(team: Team) -> float:
     return max(found)
 
 
+@contextmanager
+def _drafting(engine: Engine, most: int) -> Iterator[None]:
+    """Inside, requests draft at most so many tokens."""
+    before, engine.speculate = engine.speculate, most
+    try:
+        yield
+    finally:
+        engine.speculate = before
+
+
+def _parts(shares_of_time: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares_of_time.items())
+
+
 def _lines(
-    result: dict[str, object], settings: Settings, reading: Reading, times: dict[str, float],
-    prefills: list[float], decodes: list[float], fractions: list[float],
-) -> list[str]:  # fmt: skip
-    total = sum(times.values())
-    parts = ", ".join(f"{kind} {100 * seconds / total:.1f} %" for kind, seconds in times.items())
+    result: dict[str, Any], reading: Reading, found: dict[str, list[float]], fractions: list[float]
+) -> list[str]:
+    several = f"{result['batch']} requests at a time, " if result["batch"] > 1 else ""
     lines = [
         f"{result['model']}: {result['ranks']} x {result['threads_per_rank']} threads, {result['isa']}, "
-        f"{result['arithmetic']} arithmetic; {settings.new_tokens} tokens after {settings.prompt_tokens}, "
-        f"medians of {settings.runs} (least to most)",
-        f"decode    {spread(decodes)} tokens/s, {result['decode_ms_per_token']:.3f} ms/token, "
+        f"{result['arithmetic']} arithmetic; {several}{result['new_tokens']} tokens after {result['prompt_tokens']}, "
+        f"medians of {len(fractions)} (least to most)",
+        f"decode    {spread(found['decode_tokens_per_s'])} tokens/s, {result['decode_ms_per_token']:.3f} ms/token, "
         f"{result['weight_bytes_per_token']:,} bytes/token, {result['bandwidth_fraction']:.3f} of read bandwidth",
         f"          beside the reading just before and after: {spread(fractions, 3)} of it",
-        f"prefill   {spread(prefills)} tokens/s, {result['prefill_gops']:.1f} GOPS, "
+        f"          {_parts(result['time_share'])}",
+        f"prefill   {spread(found['prefill_tokens_per_s'])} tokens/s, {result['prefill_gops']:.1f} GOPS, "
         f"{result['arithmetic_fraction']:.3f} of the peak",
-        f"time      {parts}",
+        f"          {_parts(result['prefill_time_share'])}",
+        f"          attention {result['prefill_attention_gflops']:.1f} GFLOPS, "
+        f"{result['prefill_attention_fraction']:.3f} of the peak; "
+        f"{result['prefill_outside_attention_tokens_per_s']:.1f} tokens/s outside it",
+    ]
+    if "cached_ttft_ms" in found:
+        lines.append(
+            f"cached    {spread(found['cached_ttft_ms'])} ms to the first token, "
+            f"{result['cached_ttft_ratio']:.3f} of the {result['ttft_ms']:.1f} without"
+        )
+    if "speculate_ratio" in found:
+        lines.append(
+            f"drafts    {spread(found['speculate_tokens_per_s'])} tokens/s, {result['speculate_ratio']:.2f} x the "
+            f"{result['plain_tokens_per_s']:.2f} without; {result['accepted_tokens']:.0f} of "
+            f"{result['drafted_tokens']:.0f} right, {result['speculate_steps']:.0f} steps"
+        )
+    lines += [
         f"peaks     {result['int8_peak_gops']:.0f} GOPS int8, {result['fma_peak_gflops']:.0f} GFLOPS float32",
         f"loading   {result['load_s']:.2f} s, {result['load_gbs']:.2f} GB/s; compiling {result['compile_s']:.2f} s; "
         f"at most {result['peak_rss_gb']:.2f} GB resident",

@@ -6,13 +6,13 @@ Knows sampling and text; nothing of other requests, of steps, and of the cache's
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tpcpu.engine.cache import Sequence as Cached
 from tpcpu.engine.engine import Candidates
 from tpcpu.engine.speculation import Drafter
 from tpcpu.errors import TpcpuError
 from tpcpu.sampling import Sampled, Sampler, SamplingParams
-from tpcpu.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,30 @@ class Chunk:
     completion: Completion | None = None
 
 
+class Detokenizing(Protocol):
+    """What makes text of an answer, token by token: see `text.IncrementalDetokenizer`."""
+
+    @property
+    def stopped(self) -> str | None: ...
+    def push(self, token_id: int, /) -> str: ...
+    def flush(self) -> str: ...
+
+
+class Tokens(Protocol):
+    """What a request has to know of its tokens: see `text.Tokenizer`."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+    def detokenizer(self, stop: Sequence[str], /) -> Detokenizing: ...
+
+
 class Request:
     """`tokens` are those of prompt and answer. `sequence` is what the cache has of them while the request runs."""
 
     def __init__(
-        self, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer, context: int, speculate: int
+        self, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokens, context: int, speculate: int
     ) -> None:
         """`speculate`: the most tokens that are drafted at a time."""
         self.tokens = list(prompt_ids)

@@ -15,12 +15,11 @@ from contextlib import contextmanager
 
 from tpcpu.engine.cache import Sequence as Cached
 from tpcpu.engine.engine import Candidates, Engine
-from tpcpu.engine.requests import Chunk, Request
+from tpcpu.engine.requests import Chunk, Request, Tokens
 from tpcpu.errors import PromptError, TpcpuError
 from tpcpu.program.batch import Batch
 from tpcpu.program.binder import FEW_TOKENS
 from tpcpu.sampling import SamplingParams
-from tpcpu.text import Tokenizer
 
 Work = tuple[Request, Sequence[int], int]
 """A request, the tokens of it in a step, and behind how many of these, the last ones, a token may be chosen."""
@@ -31,7 +30,7 @@ Event = tuple[Request, Chunk]
 class Scheduler:
     """Requests that wait and requests that run, each list in the order of arrival: whatever runs came before."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokens) -> None:
         self._engine, self._tokenizer, self._cache = engine, tokenizer, engine.cache
         self._most = min(engine.max_batch, engine.chunk_tokens, engine.most_wanted)
         self._waiting: deque[Request] = deque()
