@@ -73,7 +73,7 @@ def test_use_makes_young():
 def test_a_page_in_use_is_never_given_up():
     pages = Pages(3, 2)
     held = fill(pages, [1, 1, 1, 1, 1, 1])
-    pages.release(fill(pages, [1, 1, 1]))
+    pages.release(pages.match([1, 1, 1]))
     assert pages.available == 0
     pages.release(held[2:])
     assert pages.take() == held[2]
