@@ -64,3 +64,15 @@ def test_a_longer_buffer_does_no_harm(count):
     again = Batch.read(received)
     assert again.tokens.tolist() == list(range(count))
     assert again.pages.tolist() == [[0, 1]]
+
+
+def test_the_next_batch_of_the_same_sequences():
+    def build(tokens, positions):
+        parts = [
+            ([token], at, number, [4, 5]) for number, (token, at) in enumerate(zip(tokens, positions, strict=True))
+        ]
+        return Batch.build(parts, range(3), candidates=2, vocabulary=9)
+
+    batch = build([1, 2, 3], [7, 20, 0])
+    batch.advance([4, 5, 6])
+    assert batch.message.tolist() == build([4, 5, 6], [8, 21, 1]).message.tolist()

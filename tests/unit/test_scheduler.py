@@ -1,7 +1,9 @@
 """Scheduling: every request gets the tokens that it would get alone, whatever runs beside it, and no page is lost."""
 
+import sys
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fake_engine import FakeEngine, Tokenizer, hashed
+from tpcpu.engine.engine import Candidates
 from tpcpu.engine.requests import Completion, Request
 from tpcpu.engine.scheduler import Scheduler
 from tpcpu.errors import PromptError, TpcpuError
@@ -47,15 +50,9 @@ def alone(prompt: tuple[int, ...], params: SamplingParams, context: int) -> Comp
     request = Request(prompt, params, Tokenizer(VOCABULARY), context, 0)  # type: ignore[arg-type]
     ids = np.arange(VOCABULARY)
     while not request.finished:
-        request.take(_row(ids, hashed(request.tokens, VOCABULARY)))
+        request.take(Candidates(ids, hashed(request.tokens, VOCABULARY)))
     assert request.completion is not None
     return request.completion
-
-
-def _row(ids: Any, logits: Any) -> Any:
-    from tpcpu.engine.engine import Candidates
-
-    return Candidates(ids, logits)
 
 
 def told(completion: Completion | None) -> Any:
@@ -293,39 +290,46 @@ def test_an_interrupted_step_leaves_the_cache_whole(at):
 
 
 def test_an_interrupt_anywhere_in_the_book_keeping():
-    """Ctrl-C may come between any two lines: here, at every call into the pages, one after another."""
-    calls = 0
+    """Ctrl-C may come between any two lines of it: here, after every 9th line of a run, one run after another."""
 
-    class Interrupting:
-        def __init__(self, pages: Any, at: int) -> None:
-            self._pages, self._at = pages, at
+    def interrupted(after: int) -> bool:
+        made, engine = scheduler(context=96, cache_tokens=112, chunk_tokens=40, speculate=3)
+        lines = 0
 
-        def __getattr__(self, name: str) -> Any:
-            nonlocal calls
-            value = getattr(self._pages, name)
-            if name in ("take", "match", "name", "release"):
-                calls += 1
-                if calls == self._at:
-                    raise KeyboardInterrupt
-            return value
+        def trace(frame: Any, event: str, _argument: Any) -> Any:
+            nonlocal lines
+            if Path(frame.f_code.co_filename).name not in ("scheduler.py", "cache.py", "pages.py"):
+                return None
+            lines += event == "line"
+            if lines == after:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
 
-    for at in range(1, 60):
-        made, engine = scheduler(context=96, cache_tokens=112, chunk_tokens=24)
-        calls, whole = 0, engine.cache.pages
-        engine.cache.pages = Interrupting(whole, at)  # type: ignore[assignment]
-        for prompt in PROMPTS[1:4]:
-            made.submit(prompt, GREEDY)
+        earlier = sys.gettrace()
+        sys.settrace(trace)
         try:
+            requests = [made.submit(prompt, PARAMS[2]) for prompt in PROMPTS[1:4]]
             while made.busy:
                 made.step()
+                if engine.steps == 7:
+                    made.cancel(requests[1])
         except KeyboardInterrupt:
-            engine.cache.pages = whole
-            made.check()
-            assert not made.busy
-        engine.cache.pages = whole
-        request = made.submit(PROMPTS[3], GREEDY)
+            pass
+        finally:
+            sys.settrace(earlier)
+        was_interrupted = lines >= after
+        # Whatever was on its way goes on or is gone; what comes now is answered rightly.
+        again = made.submit(PROMPTS[3], GREEDY)
         run(made)
-        assert told(request.completion) == told(alone(PROMPTS[3], GREEDY, 96))
+        assert told(again.completion) == told(alone(PROMPTS[3], GREEDY, 96))
+        assert engine.cache.pages.available == engine.cache.pages.count
+        return was_interrupted
+
+    after = 1
+    while interrupted(after):
+        after += 9
+    assert after > 1000
 
 
 def test_what_is_wrong_with_one_request_is_its_own():
@@ -357,6 +361,27 @@ def test_drafts_that_are_right_save_steps():
     assert answers[0] == answers[1]
     assert steps[0] == 50
     assert steps[1] < 13
+
+
+def test_many_answers_share_the_drafts_of_a_step():
+    """As many tokens as a step of few has room for, and none beside a prompt that is read."""
+
+    def constant(history: Any, vocabulary: int) -> Any:
+        return np.eye(vocabulary, dtype=np.float32)[history[-1]]
+
+    made, engine = scheduler(context=96, cache_tokens=400, logits=constant, speculate=15, chunk_tokens=32, max_batch=4)
+    for number in range(1, 4):
+        made.submit([number] * 9, GREEDY)
+    made.step()
+    for _ in range(3):
+        made.step()
+    assert max(engine.fed[1:]) == 8
+    reading = engine.steps
+    made.submit(PROMPTS[5], GREEDY)
+    made.step()
+    assert engine.fed[reading] == 32
+    run(made)
+    assert max(engine.fed) == 32
 
 
 def test_drafts_keep_the_distribution():

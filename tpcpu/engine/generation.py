@@ -24,7 +24,7 @@ class Generator:
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
         """Chunk after chunk; the last has the completion. Closing the iterator ends the answer after a step."""
-        scheduler = self.scheduler
+        scheduler = self._idle_scheduler()
         request = scheduler.submit(prompt_ids, params)
         try:
             while not request.finished:
@@ -38,7 +38,7 @@ class Generator:
         self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], given_up: Callable[[], bool] = lambda: False
     ) -> list[Completion] | None:
         """The answers to all prompts, in their order. `given_up` is asked before every step; None if it was so."""
-        scheduler = self.scheduler
+        scheduler = self._idle_scheduler()
         requests: list[Request] = []
         try:
             for prompt_ids, params in prompts:
@@ -57,7 +57,7 @@ class Generator:
         """The negative log likelihood in nats of every id but the first, given those before it."""
         self.scheduler.check_prompt(ids)
         losses: list[float] = []
-        with self.scheduler.reading(len(ids)) as sequence:
+        with self._idle_scheduler().reading(len(ids)) as sequence:
             for first in range(0, len(ids) - 1, self._engine.most_wanted):
                 targets = ids[first + 1 : first + 1 + self._engine.most_wanted]
                 feed = ids[first : first + len(targets)]
@@ -73,6 +73,12 @@ class Generator:
                     peak = logits.max()
                     losses.append(float(peak + np.log(np.exp(logits - peak).sum()) - logits[target]))
         return losses
+
+    def _idle_scheduler(self) -> Scheduler:
+        """What an interrupt has left of an earlier request ends here."""
+        if self.scheduler.busy:
+            self.scheduler.abandon()
+        return self.scheduler
 
 
 def _raise_error(request: Request) -> None:

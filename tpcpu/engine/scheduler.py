@@ -68,6 +68,7 @@ class Scheduler:
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
         """A request that steps from now on work on, when its turn comes. Raises PromptError."""
+        self._tidy()
         self.check_prompt(prompt_ids)
         request = Request(prompt_ids, params, self._tokenizer, self._engine.context, self._engine.speculate)
         self._waiting.append(request)
@@ -76,17 +77,15 @@ class Scheduler:
 
     def cancel(self, request: Request) -> None:
         """Ends a request, finished or not; what it held is free at once."""
+        self._tidy()
         request.cancel()
         self._steady = None
         if request in self._waiting:
             self._waiting.remove(request)
         elif request in self._running:
-            if self._inside:
-                self.abandon()
-            else:
-                self._inside = True
-                self._retire(request)
-                self._inside = False
+            self._inside = True
+            self._retire(request)
+            self._inside = False
 
     def abandon(self) -> None:
         """Cancels all requests. Afterwards the cache is whole, whatever was interrupted."""
@@ -100,15 +99,16 @@ class Scheduler:
         self._cache.recover()
         self._inside = False
 
+    def _tidy(self) -> None:
+        """After an interrupt outside of a step, or in the tidying up behind one, all begins anew."""
+        if self._inside:
+            self.abandon()
+
     def step(self) -> list[Event]:
         """One step of the model; for each token chosen in it what it adds to its answer, in order.
 
         Where it raises, all requests are cancelled. What is wrong with one alone is in its `error`; its chunk is empty.
         """
-        if self._inside:
-            # The last step was interrupted, and so was the tidying up behind it.
-            self.abandon()
-            return []
         self._inside = True
         try:
             events = self._go_on() if self._steady_steps and self._steady is not None else self._plan_and_run()
@@ -121,9 +121,8 @@ class Scheduler:
     @contextmanager
     def reading(self, length: int) -> Iterator[Cached]:
         """A sequence with room for `length` positions that belongs to no request, while there are none."""
+        self._tidy()
         assert not self.busy
-        if self._inside:
-            self.abandon()
         self._inside = True
         try:
             sequence = self._cache.begin()
