@@ -39,6 +39,9 @@ _CONNECT_SECONDS = 120
 _CLOSE_SECONDS = 10
 """For the ranks to end by themselves, after the step that they are in."""
 
+_PART = 1 << 12
+"""Bytes that are asked for at a time, at least."""
+
 _PACKAGE_PARENT = str(Path(__file__).parents[1])
 _STANDARD_ERROR = 2
 
@@ -51,6 +54,10 @@ class _Lines:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._received = bytearray()
+        """What has come and was not taken yet, then zeros, which JSON has none of.
+
+        So what has come is known from itself: an interrupt may take away what `recv_into` returns.
+        """
 
     def send(self, message: _Message) -> None:
         self._connection.sendall(json.dumps(message).encode() + b"\n")
@@ -58,21 +65,23 @@ class _Lines:
     def receive(self) -> _Message | None:
         """The next message; None when the other side is gone."""
         while (end := self._received.find(b"\n")) < 0:
+            filled = len(self._received.rstrip(b"\0"))
+            if len(self._received) - filled < _PART:
+                self._received = self._received[:filled] + bytes(max(_PART, filled))
             try:
-                part = self._connection.recv(1 << 16)
+                with memoryview(self._received)[filled:] as room:
+                    if not self._connection.recv_into(room):
+                        return None
             except OSError:
                 return None
-            if not part:
-                return None
-            self._received += part
         line = bytes(self._received[:end])
-        del self._received[: end + 1]
+        self._received = self._received[end + 1 :]
         message: _Message = json.loads(line)
         return message
 
     def waiting(self) -> bool:
         """Whether something was sent, or the other side is gone."""
-        return bool(self._received) or bool(select.select([self._connection], [], [], 0)[0])
+        return any(self._received[:1]) or bool(select.select([self._connection], [], [], 0)[0])
 
     def close(self) -> None:
         self._connection.close()
