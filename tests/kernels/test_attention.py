@@ -112,7 +112,7 @@ def test_what_is_read_is_not_overwritten(teams):
         rotated = model.rope_and_store(*[Heads(each, 4, 16, 0, 16) for each in (q, k, v)], Rope(10000.0, 16))
         x = model.attention(rotated, Range(0, 4), 4, (0, 1, 2, 3), 0.25)
     compiled = Bound(model.result(x), model.tensors, teams[0]).compiled
-    records = compiled._array[compiled._array[:, R.KERNELS] == attention.attend_one(1).address]
+    records = compiled._array[compiled._array[:, R.KERNELS] == attention.attend_one(R.BF16).address]
     assert len(records) == 2
     read = [{int(record[word]) for word in (R.A_Q, R.A_K, R.A_V)} for record in records]
     rotated = [int(record[R.A_ROTATED]) for record in records]

@@ -9,6 +9,7 @@ import pytest
 
 from tests.kernels.binding import FORMS, Bound, FakeModel, same_bits
 from tpcpu.parallel.partition import Range
+from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.operations import Heads, Kind, Rope
 
 VOCAB, HIDDEN, FEATURES, LENGTH = 90, 192, 320, 780
@@ -114,9 +115,9 @@ def test_company_does_not_matter(teams, form, exact):
     assert same_bits(bound.run((ids[300:310], 300, 0), wanted=[9, 4]), wanted[[309, 304]]), "few logits"
 
 
-@pytest.mark.parametrize("half", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("kv", KV_FORMATS)
 @pytest.mark.parametrize("kv_of", [(0,) * 7, (1, 0, 1, 1, 0, 1, 1, 1), (0, 1, 2)], ids=["seven", "scattered", "alone"])
-def test_groups_of_heads_are_no_company(teams, kv_of, half):
+def test_groups_of_heads_are_no_company(teams, kv_of, kv):
     """A head's result is the same bits beside the others of its group, in kernels for one, few and many tokens."""
     dim, heads = 40, len(kv_of)
     sources = FakeModel(1)
@@ -133,7 +134,7 @@ def test_groups_of_heads_are_no_company(teams, kv_of, half):
         part = tuple(kv_of[h] for h in chosen)
         program = model.result(model.attention(rotated, Range(0, len(chosen)), len(chosen), part, dim**-0.5))
         bound = Bound(
-            program, model.tensors, team, exact=True, half=half, tokens=300, context=LENGTH, page_tokens=page_tokens
+            program, model.tensors, team, exact=True, kv=kv, tokens=300, context=LENGTH, page_tokens=page_tokens
         )
         ids = np.arange(LENGTH) * 7 % VOCAB
         return np.concatenate([bound.run((ids[a:b], a, 0)) for a, b in chunks(sizes)])

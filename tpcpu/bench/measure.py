@@ -188,7 +188,6 @@ class _Measurement:
         """Of the records that read weights or cache: bytes for one token, in the middle of the answer."""
         engine, settings = self._engine, self._settings
         length = settings.prompt_tokens + settings.new_tokens // 2
-        element = 2 if engine.cache.memory.half else 4
         found: dict[int, int] = {}
         seen: set[int] = set()
         for number, (stage, kernel) in enumerate(engine.stages):
@@ -201,7 +200,8 @@ class _Measurement:
                 if isinstance(op, Attention) and id(stage) not in seen:
                     seen.add(id(stage))
                     kv = engine.program.kv[op.layer]
-                    found[number] = 2 * kv.heads * kv.head_dim * element * length
+                    seen_positions = min(length, op.window or length)
+                    found[number] = 2 * engine.cache.memory.kv.page_bytes(kv, seen_positions)
         return found
 
 

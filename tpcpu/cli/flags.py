@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("nf4", "int8", "bf16", "float32")
 HEAD_FORMATS = ("int8", "bf16", "nf4")
-KV_CACHES = ("float32", "bf16")
+KV_CACHES = ("float32", "bf16", "int8")
 ALL_REDUCES = ("window", "mpi")
 
 
@@ -54,7 +54,9 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
     )
     run.add_argument("--chunk-tokens", type=positive, metavar="N", help="prompt tokens that one step takes")
     run.add_argument("--page-tokens", type=positive, metavar="N", help="tokens in a page of the cache")
-    run.add_argument("--kv-cache", choices=KV_CACHES, help="format of keys and values (float32 under --exact)")
+    run.add_argument(
+        "--kv-cache", choices=KV_CACHES, help="format of keys and values (default: bf16; float32 under --exact)"
+    )
     kinds = (
         "window: through shared memory, parts added in rank order; mpi: plain MPI_Allreduce, which promises no order"
     )

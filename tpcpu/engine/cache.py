@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tpcpu.errors import UsageError
 from tpcpu.parallel.numa import Arena, arena
+from tpcpu.program.kv_format import KvFormat
 from tpcpu.program.memory import CacheMemory
 from tpcpu.program.operations import PIECE, Program
 
@@ -26,18 +27,17 @@ class Sequence:
 class Cache:
     """Room for `sequences` sequences of up to `context` positions each."""
 
-    def __init__(self, program: Program, *, context: int, page_tokens: int, sequences: int, half: bool) -> None:
+    def __init__(self, program: Program, *, context: int, page_tokens: int, sequences: int, kv: KvFormat) -> None:
         if page_tokens < TILE or page_tokens % TILE:
             raise UsageError(f"--page-tokens {page_tokens} is not a positive multiple of {TILE}")
         self.context, self.page_tokens = context, page_tokens
         self.pages_per_sequence = -(-context // page_tokens)
         pages = self.pages_per_sequence * sequences
-        element = 2 if half else 4
         self._arenas: list[Arena] = []
-        page_bytes = [shape.heads * page_tokens * shape.head_dim * element for shape in program.kv]
+        page_bytes = [kv.page_bytes(shape, page_tokens) for shape in program.kv]
         state_bytes = [4 * (-(-width // 16) * 16) for width in program.states]
         self.memory = CacheMemory(
-            half=half,
+            kv=kv,
             page_tokens=page_tokens,
             max_positions=-(-context // PIECE) * PIECE,
             keys=[self._take(pages * size) for size in page_bytes],

@@ -26,6 +26,7 @@ from tpcpu.parallel.team import Team
 from tpcpu.parallel.topology import Topology
 from tpcpu.program.batch import Batch
 from tpcpu.program.compiled import Compiled
+from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.lowering import Stage
 from tpcpu.program.operations import Program
 from tpcpu.program.weights import Packed
@@ -100,14 +101,16 @@ class Engine:
         self.program: Program = self.model.program(self.share)
         self.context = _context(options.context, self.model)
         self.isa = isa.selected().name
-        if options.kv_cache not in (None, "bf16", "float32"):
-            raise UsageError(f"--kv-cache {options.kv_cache} is unknown; bf16 and float32 are supported")
-        half = (options.kv_cache or ("float32" if options.exact else "bf16")) == "bf16"
+        kv_cache = options.kv_cache or ("float32" if options.exact else "bf16")
+        if kv_cache not in KV_FORMATS:
+            raise UsageError(f"--kv-cache {kv_cache} is unknown; the formats are {', '.join(KV_FORMATS)}")
         if options.chunk_tokens < 1:
             raise UsageError(f"--chunk-tokens {options.chunk_tokens} is not at least 1")
         self.chunk_tokens = min(options.chunk_tokens, self.context)
         self.source.bind(self.model, self.program, options.format, options.lm_head)
-        self.cache = Cache(self.program, context=self.context, page_tokens=options.page_tokens, sequences=1, half=half)
+        self.cache = Cache(
+            self.program, context=self.context, page_tokens=options.page_tokens, sequences=1, kv=KV_FORMATS[kv_cache]
+        )
         self.vocabulary = self.model.config.vocab_size
         size = self.share.size
         self._heads = [Share(rank, size).split(self.vocabulary) for rank in range(size)]
