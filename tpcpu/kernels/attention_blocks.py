@@ -127,9 +127,9 @@ def block_end(record, token, group):
 
 @helper
 def _at_once(row, rows):
-    """How many rows of a block go through a piece's tiles together, from a row on."""
+    """How many rows of a block go through a piece's tiles together, from a row on; the last may be none."""
     left = rows - row
-    return MOST_ROWS if left >= MOST_ROWS else (4 if left >= 4 else (2 if left >= 2 else 1))
+    return 2 if left <= 2 else (4 if left <= 4 else MOST_ROWS)
 
 
 @helper
@@ -140,7 +140,8 @@ def pack_queries(record, token, tokens, first, group, thread):
     while row < rows:
         several = _at_once(row, rows)
         for g in range(several):
-            source = query_row(record, token + (row + g) // group, first + (row + g) % group)
+            each = min(row + g, rows - 1)
+            source = query_row(record, token + each // group, first + each % group)
             for i in range(dim):
                 store_f32(out + 4 * (dim * row + several * i + g), load_f32(source + 4 * i))
         row += several
@@ -152,10 +153,8 @@ def _block_piece(form):
 
     Sums are joined with those of the pieces before in scratch, or, if `apart`, kept for `join_pieces`.
     """
-    score_most, score_four = score_rows(MOST_ROWS, form, True), score_rows(4, form, True)
-    score_two, score_one = score_rows(2, form, True), score_rows(1, form, True)
-    add_most, add_four = add_rows(MOST_ROWS, form, True), add_rows(4, form, True)
-    add_two, add_one = add_rows(2, form, True), add_rows(1, form, True)
+    score_most, score_four, score_two = (score_rows(rows, form, True) for rows in (MOST_ROWS, 4, 2))
+    add_most, add_four, add_two = (add_rows(rows, form, True) for rows in (MOST_ROWS, 4, 2))
 
     def attend(record, token, tokens, kv_head, piece, thread, apart):
         dim, at = word(record, R.A_DIM), position(word(record, R.STEP), token)
@@ -172,8 +171,9 @@ def _block_piece(form):
         row = 0
         while row < rows:
             several = _at_once(row, rows)
+            here = min(several, rows - row)
             # What the last row sees, the others see or are kept from seeing.
-            count = min(at + (row + several - 1) // group + 1, begin + PIECE) - begin
+            count = min(at + (row + here - 1) // group + 1, begin + PIECE) - begin
             if count <= 0 or first_seen(record, at + row // group) >= begin + PIECE:
                 row += several
                 continue
@@ -182,11 +182,9 @@ def _block_piece(form):
                 score_most(record, table, seen, queries)
             elif several == 4:
                 score_four(record, table, seen, queries)
-            elif several == 2:
-                score_two(record, table, seen, queries)
             else:
-                score_one(record, table, seen, queries)
-            for g in range(several):
+                score_two(record, table, seen, queries)
+            for g in range(here):
                 own = at + (row + g) // group
                 start, stop = max(0, first_seen(record, own) - begin), min(own + 1, begin + PIECE) - begin
                 if start < stop:
@@ -197,11 +195,9 @@ def _block_piece(form):
                 add_most(record, table, tiles, count, parts, row_bytes)
             elif several == 4:
                 add_four(record, table, tiles, count, parts, row_bytes)
-            elif several == 2:
-                add_two(record, table, tiles, count, parts, row_bytes)
             else:
-                add_one(record, table, tiles, count, parts, row_bytes)
-            for g in range(several):
+                add_two(record, table, tiles, count, parts, row_bytes)
+            for g in range(here):
                 own = at + (row + g) // group
                 begins = first_seen(record, own) // PIECE
                 part, whole = parts + row_bytes * g, wholes + row_bytes * (row + g)

@@ -66,6 +66,18 @@ def _load(b, address, form):
     return e.load_floats(b, address, {BF16: 16, FLOAT32: 32}[form])
 
 
+def _lines_ahead(b, form, next_at, pair, i):
+    """Of which tiles to ask for a cache line at dimension 2 * pair + i: it holds one dimension, two, or four."""
+    if form == FLOAT32 or len(next_at) == 1 or (form == BF16 and i == 0):
+        return next_at if form == FLOAT32 or i == 0 else []
+    if form == BF16 or i == 1:
+        return []
+    # Of int8, half of the tiles at every other pair; the others in between.
+    odd = b.trunc(pair, ir.IntType(1))
+    half = len(next_at) // 2
+    return [b.select(odd, next_at[half + t], next_at[t]) for t in range(half)]
+
+
 def _emit_scores(b, rows, form, packed, table, tiles, queries, query_bytes, dim, scale, out):
     size, at_once = SIZES[form], tiles_at_once(rows)
     per_tile = TILE // LANES
@@ -80,15 +92,14 @@ def _emit_scores(b, rows, form, packed, table, tiles, queries, query_bytes, dim,
         keys_at = [_entry(b, table, first, t) for t in range(at_once)]
         next_at = [] if packed else [_entry(b, table, first, AHEAD + t) for t in range(at_once)]
         sums = [_registers(b, at_once * per_tile) for _ in range(rows)]
-        # Two dimensions of a tile of bfloat16 are one cache line; rotation makes their number even.
+        # Rotation makes the number of dimensions even.
         with cgutils.for_range(b, b.udiv(dim, e.const(2))) as pair:
             for i in (0, 1):
                 row = e.offset(b, b.mul(pair.index, e.const(2 * TILE * size)), i * TILE * size)
-                if i == 0 or form == FLOAT32:
-                    for address in next_at:
-                        # Into the second-level cache: the first keeps too few requests in flight for a core's share
-                        # of the memory.
-                        e.prefetch(b, b.add(address, row), 2)
+                for address in _lines_ahead(b, form, next_at, pair.index, i):
+                    # Into the second-level cache: the first keeps too few requests in flight for a core's share of the
+                    # memory.
+                    e.prefetch(b, b.add(address, row), 2)
                 keys = [
                     _load(b, e.offset(b, b.add(address, row), LANES * size * part), form)
                     for address in keys_at

@@ -69,13 +69,14 @@ def _tile(record, token, kv_head, position, start, form):
 def list_tiles(record, token, kv_head, first, count, start, table, form):
     """Writes the addresses of `count` tiles from position `first` on; `start`: the address of all keys or values."""
     page_tokens, nbytes = word(word(record, R.STEP), R.PAGE_TOKENS), tile_bytes(word(record, R.A_DIM), form)
-    here = 0
+    left, here = 0, 0
     for i in range(count):
-        if i == 0 or first % page_tokens == 0:
-            here = _tile(record, token, kv_head, first, start, form)
+        if left == 0:
+            here = _tile(record, token, kv_head, first + TILE * i, start, form)
+            left = page_tokens - (first + TILE * i) % page_tokens
         store_i64(table + 8 * i, here)
         here += nbytes
-        first += TILE
+        left -= TILE
 
 
 @helper
