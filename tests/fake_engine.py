@@ -16,6 +16,7 @@ from tpcpu.engine.engine import Candidates
 from tpcpu.kernels.record import RING
 from tpcpu.models import read_config
 from tpcpu.parallel.partition import Share
+from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.text.stop_strings import StopStrings
 
 PROGRAM = read_config(
@@ -77,7 +78,12 @@ class FakeEngine:
         logits: Callable[[Sequence[int], int], Any] = hashed,
     ) -> None:  # fmt: skip
         self.cache = Cache(
-            PROGRAM, context=context, page_tokens=page_tokens, sequences=max_batch, half=True, tokens=cache_tokens
+            PROGRAM,
+            context=context,
+            page_tokens=page_tokens,
+            sequences=max_batch,
+            kv=KV_FORMATS["bf16"],
+            tokens=cache_tokens,
         )
         self.context, self.chunk_tokens, self.most_wanted = context, chunk_tokens, chunk_tokens
         self.max_batch, self.speculate, self.vocabulary = max_batch, speculate, vocabulary

@@ -68,3 +68,12 @@ def test_default_arithmetic_has_the_loss_of_exact_arithmetic(name, form):
     slowly, _ = losses(DATA / name, format=form, exact=True)
     assert by_default != slowly
     assert sum(by_default) / sum(tokens) == pytest.approx(sum(slowly) / sum(tokens), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_cache_of_int8_has_the_loss_of_floats(name):
+    """Keys and values of 8 bits beside the unrounded ones, all else exact."""
+    rounded, tokens = losses(DATA / name, exact=True, kv_cache="int8")
+    unrounded, _ = losses(DATA / name, exact=True)
+    assert rounded != unrounded
+    assert sum(rounded) / sum(tokens) == pytest.approx(sum(unrounded) / sum(tokens), abs=2e-3)

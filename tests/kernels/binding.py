@@ -22,6 +22,7 @@ from tpcpu.parallel.team import Team
 from tpcpu.program.batch import Batch
 from tpcpu.program.builder import Builder
 from tpcpu.program.compiled import Compiled
+from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.operations import BLOCK, Buffer, Kind, Program, Weight
 from tpcpu.program.reference import MatrixValues, Reference
 from tpcpu.program.weights import Packed, Packer, Source, Table, Vector, packed_bytes, packing_kernels, padded
@@ -52,6 +53,8 @@ TOLERANCES = {
     # Keys are rotated in float32 with or without fma: where that flips the rounding to bfloat16 a key's element moves
     # by 2^-8 of itself.
     "bfloat16 cache": 4e-3,
+    # The same for steps of 1/127 of the row's largest element.
+    "int8 cache": 1e-2,
 }
 """How far compiled results may be from the reference, and why."""
 
@@ -141,7 +144,7 @@ class Bound:
 
     def __init__(
         self, program: Program, tensors: Mapping[str, Held], team: Team, *, exact: bool = False, tokens: int = 64,
-        context: int = 64, page_tokens: int = 16, sequences: int = 3, half: bool | None = None, **settings: Any,
+        context: int = 64, page_tokens: int = 16, sequences: int = 3, kv: str | None = None, **settings: Any,
     ) -> None:  # fmt: skip
         packed = [w for w in program.weights if w.kind not in (Kind.VECTOR, Kind.EMBEDDING)]
         sizes = [packed_bytes(len(w.rows), len(w.columns), FORMS[tensors[w.name].form]) for w in packed]
@@ -158,8 +161,8 @@ class Bound:
             else:
                 value = packer.pack(weight, held.source(weight))
             self.weights[weight.name, weight.kind] = value
-        half = not exact if half is None else half
-        self.cache = Cache(program, context=context, page_tokens=page_tokens, sequences=sequences, half=half)
+        held = KV_FORMATS[kv or ("float32" if exact else "bf16")]
+        self.cache = Cache(program, context=context, page_tokens=page_tokens, sequences=sequences, kv=held)
         self.sequences = [self.cache.begin() for _ in range(sequences)]
         self.compiled = Compiled(
             program, self.weights, self.cache.memory, team, exact=exact, tokens=tokens, wanted=tokens, **settings

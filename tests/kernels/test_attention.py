@@ -1,4 +1,4 @@
-"""Rotation, the cache and attention over it, against the reference: head sizes, groups of heads, pages and pieces."""
+"""Rotation, the cache and attention over it, against the reference: head sizes, groups, blocks, pages and pieces."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,16 @@ import pytest
 from tests.kernels.binding import TOLERANCES, Bound, FakeModel, assert_close, expected, reference, same_bits
 from tpcpu.kernels import attention
 from tpcpu.kernels import record as R
+from tpcpu.kernels.attention_pieces import BLOCK_ROWS, part_bytes
 from tpcpu.parallel.partition import Range
+from tpcpu.program.binder import FEW_TOKENS
+from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.operations import Heads, Rope
 
 VOCAB = 300
 
 
-def fake(dim, heads, kv_of, *, stacked=False, local=None, full=None, seed=0):
+def fake(dim, heads, kv_of, *, stacked=False, local=None, full=None, window=0, seed=0):
     """Attention of `heads` over `max(kv_of) + 1` key/value heads; `stacked`: q and k alternate in one buffer."""
     model = FakeModel(seed)
     kv_heads = max(kv_of) + 1
@@ -25,13 +28,14 @@ def fake(dim, heads, kv_of, *, stacked=False, local=None, full=None, seed=0):
     v = Heads(model.inputs(model.normal(VOCAB, kv_heads * dim)), kv_heads, dim, 0, dim)
     rotated = model.rope_and_store(q, k, v, Rope(10000.0, dim))
     local = local or Range(0, heads)
-    return model, model.result(model.attention(rotated, local, full or heads, kv_of, dim**-0.5))
+    return model, model.result(model.attention(rotated, local, full or heads, kv_of, dim**-0.5, window))
 
 
-def check(model, program, teams, steps, *, exact, tolerance=None, **settings):
-    tolerance = tolerance or TOLERANCES["attention" if exact else "bfloat16 cache"]
-    reader = reference(program, model.tensors, exact, dtype=np.float32, context=1024)
-    bound = [Bound(program, model.tensors, team, exact=exact, tokens=300, **settings) for team in teams]
+def check(model, program, teams, steps, *, cache, tolerance=None, **settings):
+    exact = cache == "float32"
+    tolerance = tolerance or TOLERANCES[{"float32": "attention", "bf16": "bfloat16 cache", "int8": "int8 cache"}[cache]]
+    reader = reference(program, model.tensors, exact, dtype=np.float32, context=1024, kv=cache)
+    bound = [Bound(program, model.tensors, team, exact=exact, tokens=300, kv=cache, **settings) for team in teams]
     for parts in steps:
         results = [each.run(*parts) for each in bound]
         assert all(same_bits(result, results[0]) for result in results)
@@ -47,38 +51,38 @@ HEADS = {
     "groups of seven and of none": (16, 8, (0, 0, 0, 0, 0, 0, 0, 2)),
     "scattered groups": (48, 6, (1, 0, 1, 1, 0, 1)),
 }
-each_cache = pytest.mark.parametrize("exact", [False, True], ids=["bfloat16", "float32"])
+each_cache = pytest.mark.parametrize("cache", KV_FORMATS)
 
 
 @each_cache
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_heads(teams, heads, exact):
+def test_heads(teams, heads, cache):
     steps = [[([3], 0, 0)], [([4, 5], 1, 0)], [(range(7), 3, 0)], [(range(20, 84), 10, 0)], [([9], 74, 0)]]
-    check(*fake(*heads), teams, steps, exact=exact, context=128)
+    check(*fake(*heads), teams, steps, cache=cache, context=128)
 
 
 @each_cache
-def test_large_heads(teams, exact):
+def test_large_heads(teams, cache):
     """Their sums of pieces need more room than those of any published model."""
     steps = [[(np.arange(270) % VOCAB, 0, 0)], [([3], 270, 0)], [(range(30), 271, 0)]]
-    check(*fake(512, 3, (0, 1, 0)), teams, steps, exact=exact, context=520)
+    check(*fake(512, 3, (0, 1, 0)), teams, steps, cache=cache, context=520)
 
 
 @each_cache
-def test_heads_of_queries_and_keys_alternate(teams, exact):
-    check(*fake(32, 3, (0, 1, 2), stacked=True), teams, [[(range(30), 0, 0)], [([3], 30, 0)]], exact=exact)
+def test_heads_of_queries_and_keys_alternate(teams, cache):
+    check(*fake(32, 3, (0, 1, 2), stacked=True), teams, [[(range(30), 0, 0)], [([3], 30, 0)]], cache=cache)
 
 
 def test_heads_of_a_share_lie_inside_their_blocks(teams):
     model, program = fake(24, 3, (0, 0, 1), local=Range(3, 6), full=8)
     out = program.operations[-2].out
     assert (out.width, out.own) == (128, Range(8, 80))
-    check(model, program, teams, [[(range(9), 0, 0)], [([3], 9, 0)]], exact=True)
+    check(model, program, teams, [[(range(9), 0, 0)], [([3], 9, 0)]], cache="float32")
 
 
 @each_cache
 @pytest.mark.parametrize("page_tokens", [16, 48, 64, 256, 1024])
-def test_contexts_of_several_pieces(teams, page_tokens, exact):
+def test_contexts_of_several_pieces(teams, page_tokens, cache):
     """One token, few and many at once, at lengths around the ends of tiles, pages and pieces."""
     model, program = fake(16, 2, (0, 0))
     lengths = (255, 256, 257, 511, 520, 521, 529, 767, 768, 800)
@@ -86,19 +90,19 @@ def test_contexts_of_several_pieces(teams, page_tokens, exact):
     for length in lengths:
         steps.append([(np.arange(at, length) % VOCAB, at, 0)])
         at = length
-    check(model, program, teams, steps, exact=exact, context=800, page_tokens=page_tokens)
+    check(model, program, teams, steps, cache=cache, context=800, page_tokens=page_tokens)
 
 
 @each_cache
 @pytest.mark.parametrize("dim", [64, 80])
-def test_groups_over_several_pieces(teams, dim, exact):
+def test_groups_over_several_pieces(teams, dim, cache):
     """Registers for one, two and four heads of a group, with values in whole blocks of registers and beside them."""
     model, program = fake(dim, 9, (2, 0, 0, 0, 0, 0, 0, 0, 1))
     steps, at = [], 0
     for length in (254, 255, 256, 257, 272, 273, 530, 531):
         steps.append([(np.arange(at, length) % VOCAB, at, 0)])
         at = length
-    check(model, program, teams, steps, exact=exact, context=540, page_tokens=48)
+    check(model, program, teams, steps, cache=cache, context=540, page_tokens=48)
 
 
 def test_what_is_read_is_not_overwritten(teams):
@@ -112,7 +116,7 @@ def test_what_is_read_is_not_overwritten(teams):
         rotated = model.rope_and_store(*[Heads(each, 4, 16, 0, 16) for each in (q, k, v)], Rope(10000.0, 16))
         x = model.attention(rotated, Range(0, 4), 4, (0, 1, 2, 3), 0.25)
     compiled = Bound(model.result(x), model.tensors, teams[0]).compiled
-    records = compiled._array[compiled._array[:, R.KERNELS] == attention.attend_one(1).address]
+    records = compiled._array[compiled._array[:, R.KERNELS] == attention.attend_one(R.BF16).address]
     assert len(records) == 2
     read = [{int(record[word]) for word in (R.A_Q, R.A_K, R.A_V)} for record in records]
     rotated = [int(record[R.A_ROTATED]) for record in records]
@@ -122,7 +126,7 @@ def test_what_is_read_is_not_overwritten(teams):
 
 
 @each_cache
-def test_sequences_side_by_side(teams, exact):
+def test_sequences_side_by_side(teams, cache):
     """Each token sees its own sequence only; lengths of one piece and of several in one batch."""
     model, program = fake(16, 2, (0, 1))
     steps = [
@@ -132,7 +136,7 @@ def test_sequences_side_by_side(teams, exact):
         [([5], 6, 1)],
         [(range(40, 60), 7, 1), (range(60, 80), 501, 0), ([5], 2, 2)],
     ]
-    check(model, program, teams, steps, exact=exact, context=600)
+    check(model, program, teams, steps, cache=cache, context=600)
 
 
 def test_one_score_far_above_the_others(teams):
@@ -142,18 +146,64 @@ def test_one_score_far_above_the_others(teams):
         model.tensors[name].stored[:] *= np.float32(12)
     steps = [[(np.arange(300) % VOCAB, 0, 0)], [([1], 300, 0)], [(range(290), 301, 0)]]
     # Scores of a thousand are rounded to 1e-4, and exp makes of that a relative error.
-    check(model, program, teams, steps, exact=True, tolerance=2e-4, context=600)
+    check(model, program, teams, steps, cache="float32", tolerance=2e-4, context=600)
 
 
-def test_a_cache_that_was_used_before(teams):
-    """What lies behind a sequence's end, here infinities, is not looked at."""
-    model, program = fake(16, 2, (0, 0))
+@each_cache
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_cache_that_was_used_before(teams, cache, window):
+    """What lies behind a sequence's end, here infinities, is not looked at, and not through weights of zero either."""
+    model, program = fake(24, 2, (0, 0), window=window)
+    steps = [(range(5), 0, 0), (range(20), 5, 0), ([3], 25, 0), (range(280), 26, 0), ([1], 306, 0), ([5, 6], 307, 0)]
     for team in teams:
-        bound = Bound(program, model.tensors, team, exact=True, tokens=64)
-        clean = bound.run((range(5), 0, 0))
+        bound = Bound(program, model.tensors, team, exact=True, tokens=300, context=400, kv=cache)
+        clean = [bound.run(step) for step in steps]
         for memory in bound.cache._arenas:
             np.asarray(memory).view(np.float32)[:] = np.inf
-        assert same_bits(bound.run((range(5), 0, 0)), clean)
+        assert all(same_bits(bound.run(step), before) for step, before in zip(steps, clean, strict=True))
+
+
+BLOCKS = {
+    "one head of its own": (16, 2, (0, 1)),
+    "four heads": (32, 8, (0, 0, 0, 0, 1, 1, 1, 1)),
+    "seven heads and none": (24, 8, (0, 0, 0, 0, 0, 0, 0, 2)),
+    "more heads than rows": (8, BLOCK_ROWS + 6, (0,) * (BLOCK_ROWS + 6)),
+}
+
+
+@each_cache
+@pytest.mark.parametrize("heads", BLOCKS.values(), ids=BLOCKS)
+def test_blocks(teams, heads, cache):
+    """Chunks that end before, at and behind the ends of blocks, of what registers hold, and of pieces."""
+    steps, at = [], 0
+    for size in (9, 15, 17, 63, 64, 65, 23, 1, 130, 127, 2, 8, 5):
+        steps.append([(np.arange(at, at + size) % VOCAB, at, 0)])
+        at += size
+    check(*fake(*heads), teams, steps, cache=cache, context=at, page_tokens=48)
+
+
+@each_cache
+@pytest.mark.parametrize("window", [1, 2, 16, 100, 255, 256, 257, 400])
+def test_windows(teams, window, cache):
+    """A token sees itself and those just before it: one, few, many tokens, blocks that begin to see in two pieces."""
+    steps, at = [], 0
+    for size in (3, 1, 20, 230, 1, 1, 1, 8, 300, 2, 1, 64, 1, 7, 100):
+        steps.append([(np.arange(at, at + size) % VOCAB, at, 0)])
+        at += size
+    check(*fake(32, 4, (0, 1, 1, 1), window=window), teams, steps, cache=cache, context=at, page_tokens=64)
+
+
+def test_memory_does_not_grow_with_chunk_and_context_together(teams):
+    """What is kept for each piece is kept for few tokens; a chunk of many joins its pieces as they come."""
+    model, program = fake(64, 4, (0, 0, 1, 1))
+
+    def nbytes(tokens, context):
+        bound = Bound(program, model.tensors, teams[1], tokens=tokens, context=context, page_tokens=64)
+        return bound.compiled._buffers.nbytes
+
+    longer = nbytes(256, 32768) - nbytes(256, 1024)
+    assert longer == FEW_TOKENS * 4 * (32768 - 1024) // 256 * part_bytes(64)
+    assert longer == nbytes(16, 32768) - nbytes(16, 1024)
 
 
 def test_no_heads(teams):

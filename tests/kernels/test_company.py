@@ -9,6 +9,7 @@ import pytest
 
 from tests.kernels.binding import FORMS, Bound, FakeModel, same_bits
 from tpcpu.parallel.partition import Range
+from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.operations import Heads, Kind, Rope
 
 VOCAB, HIDDEN, FEATURES, LENGTH = 90, 192, 320, 780
@@ -114,15 +115,16 @@ def test_company_does_not_matter(teams, form, exact):
     assert same_bits(bound.run((ids[300:310], 300, 0), wanted=[9, 4]), wanted[[309, 304]]), "few logits"
 
 
-@pytest.mark.parametrize("half", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("kv", KV_FORMATS)
+@pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("kv_of", [(0,) * 7, (1, 0, 1, 1, 0, 1, 1, 1), (0, 1, 2)], ids=["seven", "scattered", "alone"])
-def test_groups_of_heads_are_no_company(teams, kv_of, half):
+def test_groups_of_heads_are_no_company(teams, kv_of, window, kv):
     """A head's result is the same bits beside the others of its group, in kernels for one, few and many tokens."""
     dim, heads = 40, len(kv_of)
     sources = FakeModel(1)
     q, k, v = (sources.normal(VOCAB, n * dim) for n in (heads, max(kv_of) + 1, max(kv_of) + 1))
 
-    def attend(team, chosen, sizes, page_tokens):
+    def attend(team, chosen, sizes, page_tokens, beside=0):
         model = FakeModel()
         inputs = [model.inputs(x) for x in (np.hstack([q[:, dim * h : dim * (h + 1)] for h in chosen]), k, v)]
         count = max(kv_of) + 1
@@ -131,15 +133,25 @@ def test_groups_of_heads_are_no_company(teams, kv_of, half):
             Rope(10000.0, dim),
         )
         part = tuple(kv_of[h] for h in chosen)
-        program = model.result(model.attention(rotated, Range(0, len(chosen)), len(chosen), part, dim**-0.5))
+        program = model.result(model.attention(rotated, Range(0, len(chosen)), len(chosen), part, dim**-0.5, window))
         bound = Bound(
-            program, model.tensors, team, exact=True, half=half, tokens=300, context=LENGTH, page_tokens=page_tokens
+            program, model.tensors, team, exact=True, kv=kv, tokens=300, context=LENGTH, page_tokens=page_tokens
         )
-        ids = np.arange(LENGTH) * 7 % VOCAB
-        return np.concatenate([bound.run((ids[a:b], a, 0)) for a, b in chunks(sizes)])
+        ids, got, other = np.arange(LENGTH) * 7 % VOCAB, [], 0
+        for step, (a, b) in enumerate(chunks(sizes)):
+            parts = [(ids[a:b], a, 0)]
+            if beside:
+                # A sequence that goes on by one token, before, and one that begins, behind.
+                parts = [(ids[other : other + 1], other, 1), *parts, (ids[: step % 3 + 1], 0, 2)]
+                other += 1
+            logits = bound.run(*parts)
+            got.append(logits[beside : beside + b - a])
+        return np.concatenate(got)
 
     wanted = np.hstack([attend(teams[0], [head], [1], 64) for head in range(heads)])
     everyone = range(heads)
     assert same_bits(attend(teams[2], everyone, [1], 16), wanted), "one token at a time"
     assert same_bits(attend(teams[1], everyone, [5, 1, 8], 48), wanted), "few tokens"
     assert same_bits(attend(teams[2], everyone, [300], 256), wanted), "many tokens"
+    assert same_bits(attend(teams[0], everyone, [63, 9, 70], 48), wanted), "blocks that end anywhere"
+    assert same_bits(attend(teams[1], everyone, [1, 5, 40, 2], 16, beside=1), wanted), "beside other sequences"

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tpcpu.errors import UsageError
-from tpcpu.kernels import attention
+from tpcpu.kernels import attention, attention_blocks, attention_pieces
 from tpcpu.kernels import compile as compiling
+from tpcpu.kernels import record as R
 
 ROOT = Path(__file__).parents[2]
 
@@ -209,9 +210,15 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
 def test_variants_of_a_closure_have_names_of_their_own():
     """A process that found one variant in the cache and compiled the other ran the cached one for both: attention over
     a float32 cache gave NaN, as it read bfloat16. LLVM had taken the two for one function, by their name."""
-    variants = [attention._piece_float32, attention._piece_bf16]
-    variants += [attention._heads(heads, half) for heads in (4, 2, 1) for half in (0, 1)]
+    forms = (R.FLOAT32, R.BF16, R.INT8)
+    makers = (attention_blocks._piece, attention_blocks._block_piece, attention_blocks._block, attention_blocks._apart)
+    variants = [make(form) for make in makers for form in forms]
+    variants += [attention_blocks._heads(heads, form) for heads in (4, 2, 1) for form in forms]
+    for make in (attention_pieces.score_rows, attention_pieces.add_rows):
+        variants += [make(rows, form, packed) for rows in (4, 2) for form in forms for packed in (False, True)]
     names = [variant.py_func.__qualname__ for variant in variants]
-    kernels = [make(half) for make in (attention.attend_one, attention.attend_few) for half in (0, 1)]
+    kernels = [
+        make(form) for make in (attention.attend_one, attention.attend_few, attention.attend_many) for form in forms
+    ]
     names += [kernel._function.__qualname__ for kernel in kernels]
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 3 * (4 + 3 + 8 + 3)

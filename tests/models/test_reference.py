@@ -212,3 +212,24 @@ def test_llama_equals_transformers(heads, kv_heads, tied, bias):
         expected = peer(torch.from_numpy(ids)[None]).logits[0].numpy()
     got = tiny.reference(4, context=512).run(ids, range(300), [0] * 300, range(300))
     assert got == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("window", [None, 7, 40, 280])
+def test_mistral_equals_transformers(window):
+    """A window that is shorter than the text, and none; over two pieces of the cache."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = {key: value for key, value in ODD_LLAMA.items() if "bias" not in key} | {
+        "model_type": "mistral", "sliding_window": window, "tie_word_embeddings": False,
+    }  # fmt: skip
+    tiny = random_model(config)
+    peer = transformers.MistralForCausalLM(transformers.MistralConfig(**config, attn_implementation="eager")).eval()
+    peer.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in tiny.tensors.items()})
+    ids = np.random.default_rng(4).integers(0, 101, 300)
+    with torch.no_grad():
+        expected = peer(torch.from_numpy(ids)[None]).logits[0].numpy()
+    got = tiny.reference(3, context=512).run(ids, range(300), [0] * 300, range(300))
+    assert got == pytest.approx(expected, abs=2e-4)
+    if window is not None:
+        without = random_model(config | {"sliding_window": None}).reference(context=512)
+        assert np.abs(without.run(ids, range(300), [0] * 300, range(300)) - expected)[window:].max() > 1e-2

@@ -10,6 +10,7 @@ from tpcpu.engine.cache import Cache
 from tpcpu.errors import UsageError
 from tpcpu.models import read_config
 from tpcpu.parallel.partition import Share
+from tpcpu.program.kv_format import KV_FORMATS
 
 YUAN = {
     "model_type": "yuan", "hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -19,7 +20,7 @@ PROGRAM = read_config(YUAN).program(Share())
 
 
 def cache(program=PROGRAM, **settings):
-    return Cache(program, **{"context": 100, "page_tokens": 16, "sequences": 3, "half": True} | settings)
+    return Cache(program, **{"context": 100, "page_tokens": 16, "sequences": 3, "kv": KV_FORMATS["bf16"]} | settings)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 100)), max_size=40))
@@ -59,11 +60,10 @@ def test_reserving_less_keeps_what_there_is():
     assert sequence.pages == pages
 
 
-@pytest.mark.parametrize("half", [True, False])
-def test_sizes(half):
-    made = cache(half=half)
-    element = 2 if half else 4
-    page = 3 * 16 * 64 * element
+@pytest.mark.parametrize(("kv", "row"), [("float32", 256), ("bf16", 128), ("int8", 64 + 4)])
+def test_sizes(kv, row):
+    made = cache(kv=KV_FORMATS[kv])
+    page = 3 * 16 * row
     assert made.memory.page_bytes == [page] * 3
     states = (16 * 3 + 21) * 3 * 4 * (192 + 96)
     assert made.nbytes == 3 * 2 * 3 * 7 * page + states

@@ -56,6 +56,18 @@ def test_defaults_are_those_of_the_publishers():
     assert (yuan.rope_theta, yuan.head_dim, yuan.max_position_embeddings) == (10000.0, 64, 4096)
 
 
+def test_mistrals_window():
+    mistral = LLAMA | {"model_type": "mistral"}
+    windows = {None: 0, 100: 100}
+    assert {w: read_config(mistral | {"sliding_window": w}).config.sliding_window for w in windows} == windows
+    assert read_config(mistral).config.sliding_window == 4096, "where a writer says nothing"
+    assert read_config(LLAMA).config.sliding_window == 0
+    for wrong in (0, -1, True, 1.5, "all"):
+        assert "sliding_window" in refused(mistral | {"sliding_window": wrong})
+    assert "sliding_window" in refused(LLAMA | {"sliding_window": 100})
+    assert "attention_bias" in refused(mistral | {"attention_bias": True})
+
+
 def test_rope_theta_is_found_where_newer_writers_put_it():
     config = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
     assert read_config(config).config.rope_theta == 500000.0

@@ -53,6 +53,13 @@ def test_the_reference_job_is_told(explained, config):
     assert max(map(len, lines)) < 160
 
 
+def test_a_window_is_told(explained, config):
+    text = explained("--config", config("llama-1b", model_type="mistral", sliding_window=1024)).out
+    attention = [line for line in text.splitlines() if "kv heads of 64; reads" in line]
+    assert attention
+    assert all("a position, the last 1024 of them" in line for line in attention)
+
+
 def test_every_layer_when_asked(explained, config):
     text = explained("--config", config("llama-1b"), "--layers", "all").out
     assert text.count("mlp.gate_proj") == 16

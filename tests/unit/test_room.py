@@ -10,6 +10,7 @@ from tpcpu.engine import room
 from tpcpu.engine.cache import Layout
 from tpcpu.errors import UsageError
 from tpcpu.parallel.limits import available_bytes
+from tpcpu.program.kv_format import KV_FORMATS
 
 PLENTY = 1 << 40
 
@@ -38,7 +39,7 @@ def test_context_and_tokens(context, cache_tokens, fitting, most, decided):
 
 
 def test_half_of_what_is_available():
-    layout = Layout(PROGRAM, 64, half=True)
+    layout = Layout(PROGRAM, 64, kv=KV_FORMATS["bf16"])
     # Keys and values of 3 heads of 64 in bfloat16, and a row of each convolution's float32 inputs.
     page = 2 * 64 * 3 * 64 * 2 + 4 * (192 + 96)
     assert layout.bytes_of_page == page

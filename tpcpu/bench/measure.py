@@ -308,7 +308,9 @@ class _Measurement:
         for op in self._engine.program.operations:
             if isinstance(op, Attention):
                 # A query with each key, and each weight with a value: a multiply and an add for every dimension.
-                operations += 4 * op.head_dim * op.heads * tokens * (tokens + 1) // 2
+                most = min(op.window or tokens, tokens)
+                pairs = most * (most + 1) // 2 + (tokens - most) * most
+                operations += 4 * op.head_dim * op.heads * pairs
         total = sum(self._communicator.all_gather_object(operations))
         seconds = prefill.times["attention"] * tokens
         gflops = total / seconds / 1e9 if seconds else 0.0
@@ -322,7 +324,6 @@ class _Measurement:
         """Of the records that read weights or cache: bytes for one token, in the middle of the answer."""
         engine, settings = self._engine, self._settings
         length = self._prompt_tokens + settings.new_tokens // 2
-        element = 2 if engine.cache.memory.half else 4
         found: dict[int, int] = {}
         seen: set[int] = set()
         for number, (stage, kernel) in enumerate(engine.stages):
@@ -335,7 +336,8 @@ class _Measurement:
                 if isinstance(op, Attention) and id(stage) not in seen:
                     seen.add(id(stage))
                     kv = engine.program.kv[op.layer]
-                    found[number] = 2 * kv.heads * kv.head_dim * element * length * settings.batch
+                    seen_positions = min(length, op.window or length)
+                    found[number] = 2 * engine.cache.memory.kv.page_bytes(kv, seen_positions) * settings.batch
         return found
 
 

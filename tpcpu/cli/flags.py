@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("nf4", "int8", "bf16", "float32")
 HEAD_FORMATS = ("int8", "bf16", "nf4")
-KV_CACHES = ("float32", "bf16")
+KV_CACHES = ("float32", "bf16", "int8")
 ALL_REDUCES = ("window", "mpi")
 
 
@@ -60,7 +60,9 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
         metavar="N",
         help="tokens that the cache holds, of all sequences (default: 4 contexts, at most half of the free memory)",
     )
-    run.add_argument("--kv-cache", choices=KV_CACHES, help="format of keys and values (float32 under --exact)")
+    run.add_argument(
+        "--kv-cache", choices=KV_CACHES, help="format of keys and values (default: bf16; float32 under --exact)"
+    )
     kinds = (
         "window: through shared memory, parts added in rank order; mpi: plain MPI_Allreduce, which promises no order"
     )

@@ -143,7 +143,8 @@ def _note(operation: Operation, one: cost.Cost, program: Program) -> str:
         case Attention():
             kv = program.kv[operation.layer]
             read = size(one.cache_bytes_per_position)
-            return f"{operation.heads} q, {kv.heads} kv heads of {kv.head_dim}; reads {read} a position"
+            seen = f", the last {operation.window} of them" if operation.window else ""
+            return f"{operation.heads} q, {kv.heads} kv heads of {kv.head_dim}; reads {read} a position{seen}"
         case _:
             return ""
 

@@ -11,6 +11,7 @@ from tpcpu.engine.pages import START, Pages
 from tpcpu.errors import UsageError
 from tpcpu.kernels.record import RING
 from tpcpu.parallel.numa import Arena, arena
+from tpcpu.program.kv_format import KvFormat
 from tpcpu.program.memory import CacheMemory
 from tpcpu.program.operations import PIECE, Program
 
@@ -32,12 +33,11 @@ class Sequence:
 class Layout:
     """How large a page and a sequence's state are, for each layer of a rank. Raises UsageError for a bad page size."""
 
-    def __init__(self, program: Program, page_tokens: int, half: bool) -> None:
+    def __init__(self, program: Program, page_tokens: int, kv: KvFormat) -> None:
         if page_tokens < TILE or page_tokens % TILE:
             raise UsageError(f"--page-tokens {page_tokens} is not a positive multiple of {TILE}")
-        self.page_tokens, self.half = page_tokens, half
-        element = 2 if half else 4
-        self.page_bytes = [shape.heads * page_tokens * shape.head_dim * element for shape in program.kv]
+        self.page_tokens, self.kv = page_tokens, kv
+        self.page_bytes = [kv.page_bytes(shape, page_tokens) for shape in program.kv]
         self.state_bytes = [4 * (-(-width // 16) * 16) for width in program.states]
 
     @property
@@ -53,15 +53,22 @@ class Cache:
     """
 
     def __init__(
-        self, program: Program, *, context: int, page_tokens: int, sequences: int, half: bool, tokens: int | None = None
+        self,
+        program: Program,
+        *,
+        context: int,
+        page_tokens: int,
+        sequences: int,
+        kv: KvFormat,
+        tokens: int | None = None,
     ) -> None:
-        layout = Layout(program, page_tokens, half)
+        layout = Layout(program, page_tokens, kv)
         self.context, self.page_tokens = context, page_tokens
         most = -(-context // page_tokens) * sequences
         count = most if tokens is None else max(-(-context // page_tokens), tokens // page_tokens)
         self._arenas: list[Arena] = []
         self.memory = CacheMemory(
-            half=half,
+            kv=kv,
             page_tokens=page_tokens,
             max_positions=-(-context // PIECE) * PIECE,
             keys=[self._take(count * size) for size in layout.page_bytes],

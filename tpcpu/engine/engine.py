@@ -29,6 +29,7 @@ from tpcpu.parallel.team import Team
 from tpcpu.parallel.topology import Topology
 from tpcpu.program.batch import Batch
 from tpcpu.program.compiled import Compiled
+from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.lowering import Stage
 from tpcpu.program.operations import Program
 from tpcpu.program.weights import Packed
@@ -108,10 +109,10 @@ class Engine:
         self.model: Model = read_config(self.source.open())
         self.program: Program = self.model.program(self.share)
         self.isa = isa.selected().name
-        if options.kv_cache not in (None, "bf16", "float32"):
-            raise UsageError(f"--kv-cache {options.kv_cache} is unknown; bf16 and float32 are supported")
-        half = (options.kv_cache or ("float32" if options.exact else "bf16")) == "bf16"
-        self._layout = Layout(self.program, options.page_tokens, half)
+        kv_cache = options.kv_cache or ("float32" if options.exact else "bf16")
+        if kv_cache not in KV_FORMATS:
+            raise UsageError(f"--kv-cache {kv_cache} is unknown; the formats are {', '.join(KV_FORMATS)}")
+        self._layout = Layout(self.program, options.page_tokens, KV_FORMATS[kv_cache])
         room.check(options.context, options.cache_tokens, options.page_tokens, self.model)
         for name in ("chunk_tokens", "max_batch"):
             if getattr(options, name) < 1:
@@ -170,7 +171,7 @@ class Engine:
             self.progress.say(f"context: {self.context} tokens ({why})")
         self.cache = Cache(
             self.program, context=self.context, page_tokens=options.page_tokens, sequences=self.max_batch,
-            half=self._layout.half, tokens=tokens,
+            kv=self._layout.kv, tokens=tokens,
         )  # fmt: skip
         self.chunk_tokens = min(options.chunk_tokens, self.context)
         widest = max(len(rows) for rows in self._heads)

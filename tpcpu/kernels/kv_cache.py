@@ -1,18 +1,42 @@
 """The key/value cache: where tiles of it lie, and what goes into it, keys and queries rotated.
 
 Keys lie in tiles of 16 positions, dimension by dimension, so that a register holds one dimension of many positions;
-values lie position by position. Both lie in pages, each with all heads of a rank. Knows nothing of attention.
+values lie in tiles too, position by position. Both lie in pages, each with all heads of a rank. Elements are float32,
+bfloat16, or int8 in steps of a float32 of each head and token, 16 of which end a tile. Knows nothing of attention.
 """
 
 from functools import cache
 
+from numpy import float32
+
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel, helper
-from tpcpu.kernels.memory import bits_of, load_f32, load_i32, load_i64, store_f32, store_i64, store_u16
+from tpcpu.kernels.memory import bits_of, load_f32, load_i32, load_i64, store_f32, store_i64, store_u8, store_u16
+from tpcpu.kernels.record import BF16, FLOAT32, INT8
 from tpcpu.kernels.simd import vectors as v
 
 LANES = v.LANES
 TILE = 16
+
+SIZES = {FLOAT32: 4, BF16: 2, INT8: 1}
+"""Bytes of an element in the formats that the cache has."""
+NAMES = {FLOAT32: "float32", BF16: "bf16", INT8: "int8"}
+
+_SMALLEST = float32(1e-36)
+"""A row that is smaller everywhere, so that 127 / largest might overflow, counts as zero."""
+_WHOLE = float32(3 << 22)
+"""What is added to a number below 2^21 ends in the nearest whole number, ties to even, in two's complement."""
+
+
+@helper
+def _size(form):
+    return 4 if form == FLOAT32 else (2 if form == BF16 else 1)
+
+
+@helper
+def tile_bytes(dim, form):
+    """A tile of keys or of values, the scales of int8 included."""
+    return TILE * dim * _size(form) + (4 * TILE if form == INT8 else 0)
 
 
 @helper
@@ -33,21 +57,26 @@ def _page(record, step, token, number):
 
 
 @helper
-def list_tiles(record, step, token, kv_head, first, count, start, table, half):
+def _tile(record, token, kv_head, position, start, form):
+    """The address of the tile with a position of a token's sequence; `start`: the address of all keys or values."""
+    step, page_tokens = word(record, R.STEP), word(word(record, R.STEP), R.PAGE_TOKENS)
+    number = position // page_tokens
+    tile = (kv_head * page_tokens + position - number * page_tokens) // TILE
+    return start + _page(record, step, token, number) + tile * tile_bytes(word(record, R.A_DIM), form)
+
+
+@helper
+def list_tiles(record, token, kv_head, first, count, start, table, form):
     """Writes the addresses of `count` tiles from position `first` on; `start`: the address of all keys or values."""
-    dim, page_tokens = word(record, R.A_DIM), word(step, R.PAGE_TOKENS)
-    size = 2 if half else 4
-    number = first // page_tokens
-    inside = first - number * page_tokens
-    head = start + size * kv_head * page_tokens * dim
-    page = _page(record, step, token, number)
+    page_tokens, nbytes = word(word(record, R.STEP), R.PAGE_TOKENS), tile_bytes(word(record, R.A_DIM), form)
+    left, here = 0, 0
     for i in range(count):
-        if inside == page_tokens:
-            number += 1
-            inside = 0
-            page = _page(record, step, token, number)
-        store_i64(table + 8 * i, head + page + size * inside * dim)
-        inside += TILE
+        if left == 0:
+            here = _tile(record, token, kv_head, first + TILE * i, start, form)
+            left = page_tokens - (first + TILE * i) % page_tokens
+        store_i64(table + 8 * i, here)
+        here += nbytes
+        left -= TILE
 
 
 @helper
@@ -82,54 +111,80 @@ def rotate(record, token, head, out):
 
 
 @helper
-def _store_element(address, x, half):
-    if half:
+def _store_element(address, x, form):
+    """`x` as an element; of int8 a number of steps."""
+    if form == FLOAT32:
+        store_f32(address, x)
+    elif form == BF16:
         bits = bits_of(x)
         store_u16(address, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
     else:
-        store_f32(address, x)
+        store_u8(address, bits_of(x + _WHOLE))
 
 
 @helper
-def store_key(record, token, kv_head, half):
+def store_key(record, token, kv_head, form):
     """Rotates a key of a token into the cache."""
-    size = 2 if half else 4
-    step, dim = word(record, R.STEP), word(record, R.A_DIM)
-    page_tokens, at = word(step, R.PAGE_TOKENS), position(step, token)
-    inside = at % page_tokens
+    size, dim = _size(form), word(record, R.A_DIM)
+    at = position(word(record, R.STEP), token)
     source = word(record, R.A_K) + token * word(record, R.A_K_STRIDE)
     source += word(record, R.A_K_FIRST) + kv_head * word(record, R.A_K_STEP)
-    out = word(record, R.A_KEYS) + _page(record, step, token, at // page_tokens)
-    out += size * (kv_head * page_tokens * dim + inside // TILE * TILE * dim + inside % TILE)
+    tile = _tile(record, token, kv_head, at, word(record, R.A_KEYS), form)
+    steps = float32(1.0)
+    if form == INT8:
+        largest = float32(0.0)
+        for i in range(dim // 2):
+            low, high = _rotated(record, source, at, i)
+            largest = max(largest, max(abs(low), abs(high)))
+        steps = float32(127.0) / largest if largest > _SMALLEST else float32(0.0)
+        worth = largest / float32(127.0) if largest > _SMALLEST else float32(0.0)
+        store_f32(tile + TILE * dim + 4 * (at % TILE), worth)
+    out = tile + size * (at % TILE)
     for i in range(dim // 2):
         low, high = _rotated(record, source, at, i)
-        _store_element(out + size * TILE * i, low, half)
-        _store_element(out + size * TILE * (i + dim // 2), high, half)
+        if form == INT8:
+            low *= steps
+            high *= steps
+        _store_element(out + size * TILE * i, low, form)
+        _store_element(out + size * TILE * (i + dim // 2), high, form)
 
 
 @helper
-def store_value(record, token, kv_head, half):
+def store_value(record, token, kv_head, form):
     """Copies a value of a token into the cache."""
-    size = 2 if half else 4
-    step, dim = word(record, R.STEP), word(record, R.A_DIM)
-    page_tokens, at = word(step, R.PAGE_TOKENS), position(step, token)
+    size, dim = _size(form), word(record, R.A_DIM)
+    at = position(word(record, R.STEP), token)
     source = word(record, R.A_V) + token * word(record, R.A_V_STRIDE)
     source += word(record, R.A_V_FIRST) + kv_head * word(record, R.A_V_STEP)
-    out = word(record, R.A_VALUES) + _page(record, step, token, at // page_tokens)
-    out += size * (kv_head * page_tokens + at % page_tokens) * dim
+    tile = _tile(record, token, kv_head, at, word(record, R.A_VALUES), form)
+    out = tile + size * dim * (at % TILE)
     whole = dim // LANES * LANES
+    steps = float32(1.0)
+    if form == INT8:
+        largest = float32(0.0)
+        for i in range(dim):
+            largest = max(largest, abs(load_f32(source + 4 * i)))
+        steps = float32(127.0) / largest if largest > _SMALLEST else float32(0.0)
+        worth = largest / float32(127.0) if largest > _SMALLEST else float32(0.0)
+        store_f32(tile + TILE * dim + 4 * (at % TILE), worth)
     for i in range(0, whole, LANES):
-        if half:
-            v.store_bf16(out + size * i, v.load(source + 4 * i))
+        row = v.load(source + 4 * i)
+        if form == FLOAT32:
+            v.store(out + size * i, row)
+        elif form == BF16:
+            v.store_bf16(out + size * i, row)
         else:
-            v.store(out + size * i, v.load(source + 4 * i))
+            v.store_i8(out + size * i, v.nearest(v.mul(row, v.splat(steps))))
     for i in range(whole, dim):
-        _store_element(out + size * i, load_f32(source + 4 * i), half)
+        x = load_f32(source + 4 * i)
+        if form == INT8:
+            x *= steps
+        _store_element(out + size * i, x, form)
 
 
 @cache
-def rope_and_store(half: int) -> Kernel:
-    """Rotates queries to `A_ROTATED` and keys into the cache, and stores values; `half`: the cache holds bfloat16."""
+def rope_and_store(form: int) -> Kernel:
+    """Rotates queries to `A_ROTATED` and keys into the cache, and stores values."""
 
     def rope_and_store(record, thread, threads):
         q_heads, kv_heads = word(record, R.A_Q_HEADS), word(record, R.A_KV_HEADS)
@@ -141,8 +196,8 @@ def rope_and_store(half: int) -> Kernel:
                 out = word(record, R.A_ROTATED) + token * word(record, R.A_ROTATED_STRIDE)
                 rotate(record, token, head, out + 4 * head * word(record, R.A_DIM))
             elif head < q_heads + kv_heads:
-                store_key(record, token, head - q_heads, half)
+                store_key(record, token, head - q_heads, form)
             else:
-                store_value(record, token, head - q_heads - kv_heads, half)
+                store_value(record, token, head - q_heads - kv_heads, form)
 
-    return Kernel(rope_and_store, f"rope-and-store-{'bf16' if half else 'float32'}")
+    return Kernel(rope_and_store, f"rope-and-store-{NAMES[form]}")

@@ -152,7 +152,8 @@ A_COS = 22
 """float32 (positions, dim / 2), then the sines."""
 A_SIN = 23
 A_KEYS = 24
-"""Pages of keys: heads x tiles of 16 positions x dim x 16; of values: heads x positions x dim."""
+"""Pages of keys: heads x tiles of 16 positions x dim x 16; of values: heads x tiles x 16 x dim. Of int8, each tile is
+followed by 16 float32: what a step of each position is worth."""
 A_VALUES = 25
 A_PAGE_BYTES = 26
 A_GROUPS = 27
@@ -170,6 +171,8 @@ A_SCRATCH_STRIDE = 32
 A_ROTATED = 33
 """Rotated queries of several tokens, head after head."""
 A_ROTATED_STRIDE = 34
+A_WINDOW = 35
+"""How many positions a token sees, its own included; 0: all."""
 
 # Operands of a linear.
 X = 5

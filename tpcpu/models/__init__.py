@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from tpcpu.errors import ConfigError, LaunchError
-from tpcpu.models import llama, yuan
+from tpcpu.models import llama, mistral, yuan
 from tpcpu.models.keys import shown
 from tpcpu.parallel.partition import Share
 from tpcpu.program.operations import Kind, Program
@@ -38,6 +38,7 @@ class Architecture:
 
 ARCHITECTURES = {
     "llama": Architecture(llama.LlamaConfig.from_dict, llama.program, llama.OPTIONAL_TENSORS),
+    "mistral": Architecture(mistral.from_dict, mistral.program, mistral.OPTIONAL_TENSORS),
     "yuan": Architecture(yuan.YuanConfig.from_dict, yuan.program, yuan.OPTIONAL_TENSORS),
 }
 """By the `model_type` of config.json."""

@@ -30,6 +30,8 @@ class LlamaConfig:
     attention_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
+    sliding_window: int = 0
+    """Positions that a token sees, its own included; 0: all."""
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "LlamaConfig":
@@ -93,7 +95,7 @@ def program(config: LlamaConfig, share: Share) -> Program:
             Heads(v, len(local_kv), dim, 0, dim),
             Rope(config.rope_theta, dim),
         )
-        a = p.attention(q, local, heads, kv_of, dim**-0.5)
+        a = p.attention(q, local, heads, kv_of, dim**-0.5, config.sliding_window)
         (o,) = p.linear(a, o=p.matrix(f"{attn}.o_proj", (hidden, heads * dim), columns=local * dim))
         x = p.add(x, p.all_reduce(o), p.vector(f"{attn}.o_proj.bias", hidden) if bias else None)
 

@@ -6,7 +6,7 @@ Knows which kernel does what, and where what it needs lies; nothing of time and 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpcpu.kernels import activations, attention, exchange, kv_cache, messages, taps
+from tpcpu.kernels import activations, attention, attention_pieces, exchange, kv_cache, messages, taps
 from tpcpu.kernels import record as R
 from tpcpu.parallel.communicator import AllReduce as AllReduceCall
 from tpcpu.program.lowering import Joining, Stage, stages
@@ -225,13 +225,14 @@ class Binder:
         q, k, v = (self.buffers[heads.buffer] for heads in (rotation.q, rotation.k, rotation.v))
         rotated, out = self.buffers.new(rotation.out), self.buffers.new(op.out)
         cosines, sines = self._rope_table(rotation.rope)
-        half, shape = int(self._cache.half), (op.heads, op.head_dim)
+        form, shape = self._cache.kv.form, (op.heads, op.head_dim)
         pieces = -(-self._cache.max_positions // PIECE)
-        scratch = attention.scratch_bytes(op.head_dim, op.heads)
+        scratch = attention_pieces.scratch_bytes(op.head_dim, op.heads)
+        # What is kept to be joined later is bounded by few tokens, whatever the chunk.
         if shape not in self._attention_rooms:
             rows = min(FEW_TOKENS, self._tokens) * op.heads * pieces
             self._attention_rooms[shape] = (
-                self.buffers.take(rows * attention.part_bytes(op.head_dim)),
+                self.buffers.take(rows * attention_pieces.part_bytes(op.head_dim)),
                 self.buffers.take(scratch * self._threads),
             )
         parts, room = self._attention_rooms[shape]
@@ -249,11 +250,11 @@ class Binder:
             R.A_PAGE_BYTES: self._cache.page_bytes[op.layer],
             R.A_OUT: out.own, R.A_OUT_STRIDE: out.stride, R.A_GROUPS: self._groups(op, rotation.k.count),
             R.A_SCALE: float_bits(op.scale), R.A_PARTS: parts, R.A_PART_TOKENS: pieces,
-            R.A_SCRATCH: room, R.A_SCRATCH_STRIDE: scratch,
+            R.A_SCRATCH: room, R.A_SCRATCH_STRIDE: scratch, R.A_WINDOW: op.window,
         }  # fmt: skip
-        several = kv_cache.rope_and_store(half)
+        several = kv_cache.rope_and_store(form)
         self.records.add([activations.nothing, several, several], words)
-        attend = [attention.attend_one(half), attention.attend_few(half), attention.attend_whole(half)]
+        attend = [attention.attend_one(form), attention.attend_few(form), attention.attend_many(form)]
         self.records.add(attend, words)
         self.records.wait()
         self.records.add([attention.join_pieces, attention.join_pieces, activations.nothing], words)

@@ -124,12 +124,14 @@ class Builder:
         self._emit(RopeAndStore(q, k, v, rope, len(self._kv) - 1, out))
         return out
 
-    def attention(self, q: Buffer, heads: Range, full_heads: int, kv_of: Sequence[int], scale: float) -> Buffer:
+    def attention(
+        self, q: Buffer, heads: Range, full_heads: int, kv_of: Sequence[int], scale: float, window: int = 0
+    ) -> Buffer:
         """Attends over the cache that `rope_and_store` filled last; `heads` are this rank's of `full_heads`."""
         layer = len(self._kv) - 1
         dim = self._kv[layer].head_dim
         out = self._covering("attention", heads * dim, full_heads * dim, BLOCK)
-        self._emit(Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out))
+        self._emit(Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out, window))
         return out
 
     def glu(self, activated: Buffer, linear: Buffer, features: Range, full_features: int) -> Buffer:

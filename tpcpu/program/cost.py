@@ -13,6 +13,7 @@ from statistics import mode
 
 from tpcpu.kernels.record import RING, SPAN
 from tpcpu.parallel.partition import Range, Share
+from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.lowering import Joining, stages
 from tpcpu.program.operations import (
     BLOCK,
@@ -150,7 +151,7 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
         weight_bytes=sum(weight_bytes(weight, storage.of(weight)) for weight in multiplied),
         other_bytes=sum(weight_bytes(weight, "float32") for weight in vectors),
     )
-    item = FLOAT_BYTES[storage.cache]
+    held_as = KV_FORMATS[storage.cache]
     match operation:
         case Embed(weight=weight):
             return held + Cost(other_bytes=weight.full_columns * FLOAT_BYTES[storage.embedding])
@@ -162,13 +163,13 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             multiplications = sum(weight.size for weight in multiplied)
             return held + Cost(operations=2 * multiplications + sum(weight.size for weight in vectors))
         case RopeAndStore(q=q, k=k, v=v):
-            written = (k.count * k.dim + v.count * v.dim) * item
+            written = k.count * held_as.row_bytes(k.dim) + v.count * held_as.row_bytes(v.dim)
             return Cost(operations=3 * (q.count * q.dim + k.count * k.dim), cache_bytes=written)
         case Attention():
             cached = program.kv[operation.layer]
             return Cost(
                 operations_per_position=operation.heads * (4 * operation.head_dim + 3),
-                cache_bytes_per_position=2 * cached.heads * cached.head_dim * item,
+                cache_bytes_per_position=2 * cached.heads * held_as.row_bytes(cached.head_dim),
             )
         case Glu():
             return Cost(operations=4 * len(operation.out.own))
@@ -254,7 +255,7 @@ def memory(program: Program, storage: Storage, context: int, sequences: int = 1,
             if weight.kind.multiplies or weight.kind is Kind.HEAD
         ),
         vectors=sum(weight_bytes(weight, "float32") for weight in program.weights if weight.kind is Kind.VECTOR),
-        cache=sum(2 * kv.heads * kv.head_dim for kv in program.kv) * FLOAT_BYTES[storage.cache] * context * sequences,
+        cache=2 * sum(KV_FORMATS[storage.cache].page_bytes(kv, context) for kv in program.kv) * sequences,
         states=(RING + -(-context // page_tokens)) * 4 * sum(program.states) * sequences,
     )
 

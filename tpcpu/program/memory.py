@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel
 from tpcpu.parallel.numa import Arena, arena
+from tpcpu.program.kv_format import KvFormat
 from tpcpu.program.lowering import Stage
 from tpcpu.program.operations import BLOCK, Buffer
 
@@ -20,11 +21,12 @@ from tpcpu.program.operations import BLOCK, Buffer
 class CacheMemory:
     """Where the cache of all sequences lies: what operations on it need to know, by layer or number of state.
 
-    Keys of a page: heads x tiles of 16 positions x dim x 16; values: heads x positions x dim; bfloat16 if `half`,
-    else float32. States: `RING` rows of float32 a sequence, by position modulo `RING`; states of pages: one row a page.
+    Keys of a page: heads x tiles of 16 positions x dim x 16; values: heads x tiles x 16 x dim; of int8, the 16 scales
+    of a tile lie behind it. States: `RING` rows of float32 a sequence, by position modulo `RING`; states of pages: one
+    row a page.
     """
 
-    half: bool
+    kv: KvFormat
     page_tokens: int
     max_positions: int
     keys: Sequence[int]

@@ -166,7 +166,8 @@ class RopeAndStore:
 class Attention:
     """out_h = softmax(scale * q_h . K) V, causal, over the cache of `layer`.
 
-    Query head h reads key/value head `kv_of[h]` of those that this rank holds.
+    Query head h reads key/value head `kv_of[h]` of those that this rank holds. A token sees itself and the
+    `window` - 1 before it, or all where that is 0.
     """
 
     q: Buffer
@@ -176,6 +177,7 @@ class Attention:
     scale: float
     layer: int
     out: Buffer
+    window: int = 0
 
 
 @dataclass(frozen=True)

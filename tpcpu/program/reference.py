@@ -5,7 +5,8 @@ paper: float32 or float64, no threads, no messages, no speed. It fixes what is c
 joined where that order is promised; a compiled kernel may fuse a multiply and an add, so equality is to rounding.
 
 Two arithmetics. `exact`: activations, cache and sums are floats of the reference's dtype. `int8`: weights of 4 and 8
-bits meet activations rounded to 8 bits, one scale for each token and block of 64, and the cache holds bfloat16.
+bits meet activations rounded to 8 bits, one scale for each token and block of 64, and the cache holds bfloat16, or
+what it is told to hold.
 It knows nothing of checkpoints and formats: weights arrive as arrays.
 """
 
@@ -129,6 +130,26 @@ def quantise(x: Array) -> tuple[Array, Array]:
     return np.rint(x * inverse[:, :, None]), np.where(inverse > 0, top / 127, 0).astype(x.dtype)
 
 
+def round_to_bfloat16(x: Array) -> Array:
+    """The nearest bfloat16."""
+    return x.astype(ml_dtypes.bfloat16).astype(x.dtype)
+
+
+def round_rows(x: Array) -> Array:
+    """x (..., dim) in steps of 1 / 127 of each row's largest element, as the cache of int8 holds keys and values."""
+    top = np.abs(x).max(axis=-1, keepdims=True, initial=0)
+    inverse = np.divide(127, top, out=np.zeros_like(top), where=top > 1e-36)
+    return np.where(inverse > 0, np.rint(x * inverse) * (top / 127), 0).astype(x.dtype)
+
+
+_ROUNDING: dict[str, Callable[[Array], Array]] = {
+    "float32": lambda x: x,
+    "bf16": round_to_bfloat16,
+    "int8": round_rows,
+}
+"""What becomes of keys and values in the cache, by its format; float32 is the reference's dtype."""
+
+
 def multiply(x: Array, matrix: MatrixValues) -> Array:
     """x @ matrix.T, (tokens, rows); through 8-bit activations where the matrix has scales."""
     if matrix.scales is None:
@@ -158,16 +179,19 @@ def rotate(x: Array, positions: Array, rope: Rope) -> Array:
     return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=2)
 
 
-def attend(q: Array, keys: Array, values: Array, scale: float) -> Array:
+def attend(q: Array, keys: Array, values: Array, scale: float, window: int = 0) -> Array:
     """softmax(scale * q . K) V of one token: q (heads, dim), keys and values (positions, heads, dim).
 
-    Each piece of 256 positions has its own maximum, sum and weighted sum; pieces are joined in order.
+    Each piece of 256 positions has its own maximum, sum and weighted sum; pieces are joined in order. Of a window only
+    the last positions are seen; pieces begin where they always do.
     """
+    seen = max(0, len(keys) - window) if window else 0
     top = np.full(len(q), -np.inf, q.dtype)
     total = np.zeros(len(q), q.dtype)
     out = np.zeros_like(q)
-    for start in range(0, len(keys), PIECE):
-        k, v = keys[start : start + PIECE], values[start : start + PIECE]
+    for start in range(seen // PIECE * PIECE, len(keys), PIECE):
+        piece = slice(max(start, seen), start + PIECE)
+        k, v = keys[piece], values[piece]
         scores = np.einsum("hd,phd->hp", q, k) * q.dtype.type(scale)
         piece_top = scores.max(axis=1)
         weights = np.exp(scores - piece_top[:, None])
@@ -201,8 +225,9 @@ class _Rank:
     """One rank's weights, caches and, during a step, its buffers."""
 
     def __init__(
-        self, program: Program, weights: Weights, dtype: np.dtype[Any], arithmetic: Arithmetic, context: int
+        self, program: Program, weights: Weights, dtype: np.dtype[Any], arithmetic: Arithmetic, context: int, kv: str
     ) -> None:
+        self.round_kv = _ROUNDING[kv]
         self.program = program
         self.dtype = dtype
         self.context = context
@@ -279,7 +304,7 @@ class _Rank:
                 for token, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
                     # Query head h reads key/value head kv_of[h]; causal: positions up to its own.
                     keys, values = self.cache(operation.layer, sequence)[:, : position + 1, list(operation.kv_of)]
-                    out[token, own] = attend(q[token], keys, values, operation.scale).ravel()
+                    out[token, own] = attend(q[token], keys, values, operation.scale, operation.window).ravel()
             case Glu():
                 own = slice(operation.out.own.start, operation.out.own.stop)
                 out[:, own] = silu(x[operation.activated]) * x[operation.linear]
@@ -300,10 +325,8 @@ class _Rank:
         return before
 
     def store(self, layer: int, k: Array, v: Array, batch: Batch) -> None:
-        """Keys and values of the batch into the cache, rounded to bfloat16 in the 8-bit arithmetic."""
-        pair = np.stack((k, v))
-        if self.rounds:
-            pair = pair.astype(ml_dtypes.bfloat16).astype(self.dtype)
+        """Keys and values of the batch into the cache, rounded to its format."""
+        pair = self.round_kv(np.stack((k, v)))
         for token, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
             self.cache(layer, sequence)[:, position] = pair[:, token]
 
@@ -313,6 +336,7 @@ class Reference:
 
     programs: one for each rank, in rank order. weights: see `Weights`; asked once for every weight of every rank.
     dtype: of activations, sums and exact weights. context: positions that the cache of a sequence has room for.
+    kv: the format of keys and values, float32, bf16 or int8; the arithmetic's own if None.
     """
 
     def __init__(
@@ -323,10 +347,12 @@ class Reference:
         dtype: Any = np.float32,
         arithmetic: Arithmetic = "exact",
         context: int = 512,
+        kv: str | None = None,
     ) -> None:
         self.dtype = np.dtype(dtype)
         self.context = context
-        self.ranks = [_Rank(program, weights, self.dtype, arithmetic, context) for program in programs]
+        kv = kv or ("float32" if arithmetic == "exact" else "bf16")
+        self.ranks = [_Rank(program, weights, self.dtype, arithmetic, context, kv) for program in programs]
 
     def run(self, tokens: ArrayLike, positions: ArrayLike, sequences: ArrayLike, wanted: ArrayLike) -> Array:
         """One step over a flat batch; gives the logits `(wanted, vocab)` of the tokens with the indices `wanted`.

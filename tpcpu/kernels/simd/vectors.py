@@ -164,6 +164,12 @@ def first_lanes(b, x, count, fill):
     return b.select(emit.lanes_before(b, count), x, emit.splat(b, fill, emit.F32V))
 
 
+@_operation(floats, floats, types.int64, types.float32)
+def after_lanes(b, x, count, fill):
+    """`fill` in the first `count` lanes, all if there are no more; x in the others."""
+    return b.select(emit.lanes_before(b, count), emit.splat(b, fill, emit.F32V), x)
+
+
 @_operation(floats, floats)
 def absolute(b, x):
     return emit.intrinsic_call(b, f"llvm.fabs.v{LANES}f32", x.type, [x])
