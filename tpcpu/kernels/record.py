@@ -194,6 +194,9 @@ X_ONE = 19
 """Where the activations of a step of one token lie,"""
 IS_PRIVATE = 20
 """and whether every thread has a copy of its own there, one row of `X`, `X_SCALES` and `X_SUMS` after another."""
+ROOM = 21
+"""Memory of each thread for products with many tokens, `gemm.scratch_bytes`, and the bytes from one to the next."""
+ROOM_STRIDE = 22
 
 # A segment of a linear.
 S_VALUES = 0
