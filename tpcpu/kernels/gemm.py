@@ -1,9 +1,9 @@
 """Products of packed weights with the activations of many tokens: which thread unpacks and multiplies what.
 
 A thread takes some panels, and where these are few for the number of threads, some of the tokens. Span after span it
-lays the tokens' activations side by side, which then stay in its second-level cache while panels go by: each is
-unpacked once for all tokens, into the first-level cache, and multiplied tile by tile. The order of sums is that of
-`tiles.py`.
+lays the tokens' activations side by side, which then stay in its second-level cache while panels go by. Of two panels
+at a time it unpacks, once for all tokens, as many blocks as leave half of the first-level cache to activations and
+sums, and multiplies them tile by tile. The order of sums is that of `tiles.py`.
 
 Arithmetic is in `gemm_tiles.py`. A unit that multiplies whole matrices (AMX) would come in there: as another `tile`,
 with an `unpack` and a `_lay` that make what it reads; who computes what, here, stays as it is.
@@ -15,35 +15,47 @@ from numpy import float32
 
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel, helper
-from tpcpu.kernels.gemm_tiles import LINE_WORDS, WORD_BYTES, tile, unpack, unpack_scales
-from tpcpu.kernels.memory import call_kernel, float_bits, load_f32, load_i32, load_i64, store_f32, store_i32
-from tpcpu.kernels.record import BLOCK, FLOAT32, FLOATS, INT8, NF4
+from tpcpu.kernels.gemm_tiles import (
+    LINE,
+    LINE_WORDS,
+    TALL,
+    TOKEN_SUMS,
+    WIDE,
+    WORD_BYTES,
+    block_lines,
+    prefetch,
+    tile,
+    unpack,
+    unpack_scales,
+)
+from tpcpu.kernels.memory import call_kernel, float_bits, load_f32, load_i32, load_i64, store_f32, store_i32, store_i64
+from tpcpu.kernels.record import BLOCK, FLOAT32, FLOATS, INT8, NF4, SPAN
 from tpcpu.kernels.scales import ROWS
 from tpcpu.kernels.simd import vectors as v
 
 LEAST_TOKENS = 9
 """Fewer tokens go through the tiles of `linear.py`."""
 
-BESIDE = 2
-"""Panels of a tile, and"""
-TALL, LOW = 8, 4
-"""tokens of one."""
+LOW = 4
+"""Tokens of a tile where TALL are too many."""
 
-LINE = 4 * LINE_WORDS
-_SIZES = {
-    # Tokens that are laid side by side: as many as a second-level cache of 1 MB has room for beside two panels.
-    0: (256, BLOCK * WORD_BYTES // 4),
-    1: (128, BLOCK * WORD_BYTES),
-}
-"""For int8 and for float32: tokens, and bytes of an unpacked block of a panel."""
+UNIT_LINES = 8
+"""Lines of each token that are multiplied at a time: 8 KB of a panel of 16 rows."""
+
+GROUP = (256, 128)
+"""Tokens that are laid side by side, as int8 and as float32: a second-level cache of 1 MB has room for them."""
+
+UNIT = UNIT_LINES * LINE_WORDS * WORD_BYTES
+"""Bytes of a panel that are unpacked at a time."""
+SCALES = SPAN * WORD_BYTES
+"""Bytes of the scales of a panel's span."""
 
 
-def scratch_bytes(exact: bool, form: int) -> int:
+def room_bytes(exact: bool, form: int) -> int:
     """What a thread needs for products of a format; it holds nothing from one to the next."""
     floats = int(exact or form in FLOATS)
-    tokens, block_bytes = _SIZES[floats]
-    lines = R.SPAN * BLOCK // LINE_WORDS // (1 if floats else 4)
-    return BESIDE * R.SPAN * (block_bytes + WORD_BYTES) + 2 * 4 * R.SPAN * (tokens + 16) + lines * LINE * (tokens + 17)
+    x = SPAN * (8 + block_lines(floats) * LINE)
+    return 8 * R.TASK_WORDS + WIDE * (UNIT + SCALES) + GROUP[floats] * (TOKEN_SUMS + x)
 
 
 @helper
@@ -75,143 +87,156 @@ def _copy_line(source, target):
 
 
 @helper
-def _lay_int8(record, token, count, first, blocks, x, line, x_scales, x_sums, stride):
+def _lay_int8(record, token, count, first, blocks, x, x_scales, x_sums):
     """Blocks `first`.. of `count` tokens from `token` on, side by side; scales with the factor of the product."""
     factor = float_bits(load_i64(record + 8 * R.FACTOR))
     for m in range(count):
         source = load_i64(record + 8 * R.X) + (token + m) * load_i64(record + 8 * R.X_STRIDE) + BLOCK * first
         at = (token + m) * load_i64(record + 8 * R.X_SCALES_STRIDE) + 4 * first
         scales, sums = load_i64(record + 8 * R.X_SCALES) + at, load_i64(record + 8 * R.X_SUMS) + at
+        place = m // TALL * (SPAN * TALL) + m % TALL
         for j in range(blocks):
-            _copy_line(source + BLOCK * j, x + j * line + LINE * m)
-            store_f32(x_scales + j * stride + 4 * m, load_f32(scales + 4 * j) * factor)
-            store_i32(x_sums + j * stride + 4 * m, load_i32(sums + 4 * j))
+            _copy_line(source + BLOCK * j, x + LINE * (place + TALL * j))
+            store_f32(x_scales + 4 * (place + TALL * j), load_f32(scales + 4 * j) * factor)
+            store_i32(x_sums + 4 * (place + TALL * j), load_i32(sums + 4 * j))
 
 
 @helper
-def _lay_floats(record, token, count, first, features, x, line):
+def _lay_floats(record, token, count, first, features, x):
     """The same of float32; zeros follow up to a whole block."""
-    lines = _ceil(features, BLOCK) * (BLOCK // LINE_WORDS)
     whole = features // LINE_WORDS
+    lines = _ceil(features, BLOCK) * (BLOCK // LINE_WORDS)
     for m in range(count):
         source = load_i64(record + 8 * R.X) + (token + m) * load_i64(record + 8 * R.X_STRIDE) + 4 * BLOCK * first
+        target = x + LINE * (m // TALL * (SPAN * BLOCK // LINE_WORDS * TALL) + m % TALL)
         for j in range(whole):
-            _copy_line(source + LINE * j, x + j * line + LINE * m)
-        for j in range(whole, lines):
-            for i in range(LINE_WORDS):
-                feature = LINE_WORDS * j + i
-                value = load_f32(source + 4 * feature) if feature < features else float32(0.0)
-                store_f32(x + j * line + LINE * m + 4 * i, value)
+            _copy_line(source + LINE * j, target + LINE * TALL * j)
+        for feature in range(LINE_WORDS * whole, LINE_WORDS * lines):
+            value = load_f32(source + 4 * feature) if feature < features else float32(0.0)
+            j, i = feature // LINE_WORDS, feature % LINE_WORDS
+            store_f32(target + LINE * TALL * j + 4 * i, value)
+
+
+def _stored_bits(form: int) -> int:
+    """Bits of a packed weight."""
+    if form in FLOATS:
+        return 32 if form == FLOAT32 else 16
+    return 8 if form == INT8 else 4
+
+
+@helper
+def _set(task, word, value):
+    store_i64(task + 8 * word, value)
+
+
+@helper
+def _set_results(task, segment, panel, token, is_first, is_last):
+    """Where the results of a panel and of the tokens from `token` on belong, in the first or the last span."""
+    row = panel * ROWS
+    stride, bias = load_i64(segment + 8 * R.S_OUT_STRIDE), load_i64(segment + 8 * R.S_BIAS)
+    _set(task, R.G_OUT, load_i64(segment + 8 * R.S_OUT) + token * stride + 4 * row)
+    _set(task, R.G_OUT_STRIDE, stride)
+    _set(task, R.G_ROWS, load_i64(segment + 8 * R.S_ROWS) - row)
+    _set(task, R.G_BEGINS, 1 if is_first else 0)
+    _set(task, R.G_BIAS, bias + 4 * row if is_last and bias else 0)
 
 
 @cache
 def gemm(form: int, exact: bool) -> Kernel:
     """The kernel for steps of many tokens and weights of a format."""
-    floats = int(exact or form in FLOATS)
-    scaled = int(form not in FLOATS)
-    group, block_bytes = _SIZES[floats]
+    floats, scaled = int(exact or form in FLOATS), int(form not in FLOATS)
     in_place = form == INT8 and not floats
-    stored_block = BLOCK * ROWS * 4 if form == FLOAT32 else BLOCK * ROWS * 2 if form in FLOATS else (
-        BLOCK * ROWS if form == INT8 else BLOCK * ROWS // 2
-    )
-    stored_feature_bits = stored_block * 8 // BLOCK
+    bits, lines, group = _stored_bits(form), block_lines(floats), GROUP[floats]
+    unit, block_bytes = UNIT_LINES // lines, BLOCK * ROWS * bits // 8
 
     def linear(record, thread, threads):
         tokens = load_i64(load_i64(record + 8 * R.COUNT))
         if tokens < LEAST_TOKENS:
             call_kernel(load_i64(record + 8 * (R.KERNELS + 1)), record, thread, threads)
             return
-        panels = load_i64(record + 8 * R.PANELS)
-        segments = load_i64(record + 8 * R.SEGMENTS)
-        columns = load_i64(segments + 8 * R.S_COLUMNS)
+        panels, segments = load_i64(record + 8 * R.PANELS), load_i64(record + 8 * R.SEGMENTS)
+        columns, table = load_i64(segments + 8 * R.S_COLUMNS), load_i64(record + 8 * R.TABLE)
         blocks = _ceil(columns, BLOCK)
-        spans = max(_ceil(blocks, R.SPAN), 1)
+        panel_bytes = columns * ROWS * bits // 8
 
         parts = _token_parts(tokens, panels, threads)
-        beside = threads // parts
+        part, place, places = thread % parts, thread // parts, threads // parts
+        first, stop = panels * place // places, panels * (place + 1) // places
         tiles = _ceil(tokens, TALL)
-        first, stop = panels * (thread // parts) // beside, panels * (thread // parts + 1) // beside
-        part = thread % parts
-        begin, end = min(tiles * part // parts * TALL, tokens), min(tiles * (part + 1) // parts * TALL, tokens)
+        begin, end = tiles * part // parts * TALL, min(tiles * (part + 1) // parts * TALL, tokens)
 
-        unpacked = load_i64(record + 8 * R.ROOM) + thread * load_i64(record + 8 * R.ROOM_STRIDE)
-        room_scales = unpacked + BESIDE * R.SPAN * block_bytes
-        x_scales = room_scales + BESIDE * R.SPAN * WORD_BYTES
-        stride = 4 * (group + 16)
-        x_sums = x_scales + R.SPAN * stride
-        x = x_sums + R.SPAN * stride
-        line = LINE * (group + 17)
+        task = load_i64(record + 8 * R.ROOM) + thread * load_i64(record + 8 * R.ROOM_STRIDE)
+        unpacked = task + 8 * R.TASK_WORDS
+        scales = unpacked + WIDE * UNIT
+        x_scales = scales + WIDE * SCALES
+        x_sums = x_scales + group * SPAN * 4
+        carry = x_sums + group * SPAN * 4
+        x = carry + group * TOKEN_SUMS
+        _set(task, R.G_CARRY, carry)
 
         for token in range(begin, end, group):
             many = min(group, end - token)
-            for span in range(spans):
-                block = span * R.SPAN
-                count = min(R.SPAN, blocks - block)
-                features = min(columns - block * BLOCK, R.SPAN * BLOCK)
+            _set(task, R.G_TOKENS, many)
+            for span in range(0, max(blocks, 1), SPAN):
+                in_span = min(SPAN, blocks - span)
                 if floats:
-                    _lay_floats(record, token, many, block, features, x, line)
+                    _lay_floats(record, token, many, span, min(columns - span * BLOCK, SPAN * BLOCK), x)
                 else:
-                    _lay_int8(record, token, many, block, count, x, line, x_scales, x_sums, stride)
-
+                    _lay_int8(record, token, many, span, in_span, x, x_scales, x_sums)
                 segment, before = segments, 0
                 for _ in range(load_i64(record + 8 * R.SEGMENT_COUNT)):
-                    in_segment = load_i64(segment + 8 * R.S_PANELS)
-                    panel, last = max(first - before, 0), min(stop - before, in_segment)
+                    count = load_i64(segment + 8 * R.S_PANELS)
+                    panel, last = max(first - before, 0), min(stop - before, count)
                     while panel < last:
-                        step = min(BESIDE, last - panel)
-                        values = load_i64(segment + 8 * R.S_VALUES) + panel * (columns * stored_feature_bits // 8)
-                        values += block * stored_block
-                        weights, weights_stride = unpacked, R.SPAN * block_bytes
-                        if in_place:
-                            weights, weights_stride = values, columns * stored_feature_bits // 8
-                        else:
-                            for p in range(step):
-                                source = values + p * (columns * stored_feature_bits // 8)
-                                target = unpacked + p * R.SPAN * block_bytes
-                                unpack(form, floats, load_i64(record + 8 * R.TABLE), source, features, target)
-                        scales, scales_stride = room_scales, R.SPAN * WORD_BYTES
+                        beside = min(WIDE, last - panel)
+                        _set_results(task, segment, panel, token, span == 0, span + SPAN >= blocks)
                         if form == NF4:
-                            for p in range(step):
-                                target = room_scales + p * R.SPAN * WORD_BYTES
-                                unpack_scales(segment, panel + p, blocks, block, count, target)
+                            for p in range(beside):
+                                unpack_scales(segment, panel + p, blocks, span, in_span, scales + p * SCALES)
+                            from_scales, scales_stride = scales, SCALES
                         else:
                             scales_stride = blocks * WORD_BYTES
-                            scales = load_i64(segment + 8 * R.S_SCALES) + panel * scales_stride + block * WORD_BYTES
-                        row = panel * ROWS
-                        rows = load_i64(segment + 8 * R.S_ROWS) - row
-                        bias = 0
-                        if span == spans - 1 and load_i64(segment + 8 * R.S_BIAS):
-                            bias = load_i64(segment + 8 * R.S_BIAS) + 4 * row
-                        out_stride = load_i64(segment + 8 * R.S_OUT_STRIDE)
-                        out = load_i64(segment + 8 * R.S_OUT) + token * out_stride + 4 * row
-                        begins = 1 if span == 0 else 0
-                        m = 0
-                        while m < many:
-                            left = many - m
-                            if step == BESIDE:
-                                if left > LOW:
-                                    tile(
-                                        BESIDE, TALL, floats, scaled, weights, weights_stride, scales, scales_stride,
-                                        x + LINE * m, line, x_scales + 4 * m, x_sums + 4 * m, stride, count,
-                                        out + m * out_stride, out_stride, rows, left, begins, bias,
-                                    )  # fmt: skip
-                                    m += TALL
-                                else:
-                                    tile(
-                                        BESIDE, LOW, floats, scaled, weights, weights_stride, scales, scales_stride,
-                                        x + LINE * m, line, x_scales + 4 * m, x_sums + 4 * m, stride, count,
-                                        out + m * out_stride, out_stride, rows, left, begins, bias,
-                                    )  # fmt: skip
-                                    m += LOW
+                            from_scales = load_i64(segment + 8 * R.S_SCALES) + panel * scales_stride
+                            from_scales += span * WORD_BYTES
+                        _set(task, R.G_SCALES_STRIDE, scales_stride)
+                        for block in range(0, max(in_span, 1), unit):
+                            at = (span + block) * BLOCK
+                            source = (
+                                load_i64(segment + 8 * R.S_VALUES) + panel * panel_bytes + at // BLOCK * block_bytes
+                            )
+                            if in_place:
+                                _set(task, R.G_WEIGHTS, source)
+                                _set(task, R.G_WEIGHTS_STRIDE, panel_bytes)
                             else:
-                                tile(
-                                    1, TALL, floats, scaled, weights, weights_stride, scales, scales_stride,
-                                    x + LINE * m, line, x_scales + 4 * m, x_sums + 4 * m, stride, count,
-                                    out + m * out_stride, out_stride, rows, left, begins, bias,
-                                )  # fmt: skip
-                                m += TALL
-                        panel += step
-                    before += in_segment
+                                for p in range(beside):
+                                    features = min(columns - at, unit * BLOCK)
+                                    unpack(form, floats, table, source + p * panel_bytes, features, unpacked + p * UNIT)
+                                _set(task, R.G_WEIGHTS, unpacked)
+                                _set(task, R.G_WEIGHTS_STRIDE, UNIT)
+                            _set(task, R.G_SCALES, from_scales + block * WORD_BYTES)
+                            _set(task, R.G_BLOCKS, min(unit, in_span - block))
+                            _set(task, R.G_X, x + block * lines * TALL * LINE)
+                            _set(task, R.G_X_SCALES, x_scales + block * TALL * 4)
+                            _set(task, R.G_X_SUMS, x_sums + block * TALL * 4)
+                            _set(task, R.G_RESUMES, block)
+                            _set(task, R.G_ENDS, 1 if block + unit >= in_span else 0)
+                            # Meanwhile what is unpacked next comes near: of these panels, or of those after them.
+                            following = source + unit * block_bytes
+                            if block + unit >= in_span:
+                                following = source - block * block_bytes + beside * panel_bytes
+                            for m in range(0, many, TALL):
+                                ask = unit * block_bytes * beside // LINE
+                                for i in range(ask * m // many, ask * (m + TALL) // many):
+                                    of_panel = i % beside * panel_bytes
+                                    prefetch(following + of_panel + i // beside * LINE)
+                                if beside < WIDE:
+                                    tile(1, TALL, floats, scaled, task, m)
+                                elif many - m > LOW:
+                                    tile(WIDE, TALL, floats, scaled, task, m)
+                                else:
+                                    tile(WIDE, LOW, floats, scaled, task, m)
+                        panel += beside
+                    before += count
                     segment += 8 * R.SEGMENT_WORDS
 
     return Kernel(linear, f"linear-of-many-{form}-{'exact' if floats else 'int8'}")

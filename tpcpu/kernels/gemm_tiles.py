@@ -1,10 +1,10 @@
 """Tiles of a matrix product: unpacked panels times tokens that lie side by side, one span of blocks at a time.
 
 What a tile reads is the same for all formats: words of four bytes, one for every row of a panel (four int8 features, or
-one float32), and the tokens' words, 16 of one token together in a line and the lines of all tokens behind each other.
-So there is one tile for int8 and one for float32, in as many sizes as a caller asks for; `unpack` makes panels of each
-format. The order of sums is that of `tiles.py`: features of a block, blocks of a span, spans, which are added up in the
-rows of the result.
+one float32), and the tokens' words: 16 of one token in a line, the lines of TALL tokens behind each other, so that all
+that a tile reads is in a row. So there is one tile for int8 and one for float32, in as many sizes as a caller asks for;
+`unpack` makes panels of each format. The order of sums is that of `tiles.py`: features of a block, blocks of a span,
+spans, which are added up in the rows of the result.
 """
 
 from llvmlite import ir
@@ -20,23 +20,32 @@ from tpcpu.kernels.simd import emit as e
 from tpcpu.kernels.simd import instructions as isa
 
 LINE_WORDS = 16
-"""Words of a token that lie together: a cache line."""
+"""Words of a token that lie together,"""
+LINE = 4 * LINE_WORDS
+"""a cache line."""
 
 WORD_BYTES = 4 * ROWS
 """A word of every row of a panel: one register."""
 
+WIDE, TALL = 2, 8
+"""The most panels and tokens that a tile has; so many tokens lie side by side."""
+
+TOKEN_SUMS = WIDE * WORD_BYTES
+"""Bytes of the sums of a token in all panels of a tile."""
+
+_ZERO = ir.Constant(e.F32V, [0.0] * ROWS)
+
+
+def block_lines(floats: int) -> int:
+    """Lines of a token's block of features."""
+    return BLOCK // LINE_WORDS if floats else BLOCK // (4 * LINE_WORDS)
+
 
 @intrinsic(prefer_literal=True)
-def tile(
-    typing_context, panels, tokens, floats, scaled, weights, weights_stride, scales, scales_stride,
-    x, line_stride, x_scales, x_sums, x_scales_stride, blocks, out, out_stride, rows, count, begins, bias,
-):  # fmt: skip
-    """Adds a span's products of `panels` panels and `tokens` tokens, of which `count` are stored, to their results.
+def tile(typing_context, panels, tokens, floats, scaled, task, token):
+    """Multiplies the panels of a task with `tokens` tokens from `token` on, a multiple of TALL.
 
-    The first four arguments are constants; `scaled`: weights have a scale per block. `weights`, `scales`: the first
-    block in the first panel, and the bytes from panel to panel. `x`, `x_scales`, `x_sums`: the first block of the first
-    token, and the bytes from line to line, or from block to block. `rows`: how many follow from the first panel's
-    first on. `begins`: whether the span is the first; `bias`: the address of the rows' bias if it is the last.
+    The first four arguments are constants; `scaled`: weights have a scale per block.
     """
     shape = [argument.literal_value for argument in (panels, tokens, floats, scaled)]
 
@@ -44,47 +53,31 @@ def tile(
         _emit_tile(builder, *shape, *args[4:])
         return context.get_dummy_value()
 
-    return types.void(panels, tokens, floats, scaled, *[types.int64] * 16), codegen
+    return types.void(panels, tokens, floats, scaled, *[types.int64] * 2), codegen
 
 
-def _emit_tile(
-    b, panels, tokens, floats, scaled, weights, weights_stride, scales, scales_stride,
-    x, line_stride, x_scales, x_sums, x_scales_stride, blocks, out, out_stride, rows, count, begins, bias,
-):  # fmt: skip
+def _emit_tile(b, panels, tokens, floats, scaled, task, token):
+    def word(number):
+        return e.load_word(b, task, number)
+
+    weights, weights_stride, scales, scales_stride = (
+        word(each) for each in (R.G_WEIGHTS, R.G_WEIGHTS_STRIDE, R.G_SCALES, R.G_SCALES_STRIDE)
+    )
+    x = b.add(word(R.G_X), b.mul(token, e.const(R.SPAN * block_lines(floats) * LINE)))
+    x_scales, x_sums = (b.add(word(each), b.mul(token, e.const(4 * R.SPAN))) for each in (R.G_X_SCALES, R.G_X_SUMS))
     each = [(p, m) for p in range(panels) for m in range(tokens)]
-    lines = BLOCK // LINE_WORDS if floats else BLOCK // (4 * LINE_WORDS)
-    zero = ir.Constant(e.F32V, [0.0] * ROWS)
+    carry = b.add(word(R.G_CARRY), b.mul(token, e.const(TOKEN_SUMS)))
+    carried = {at: e.offset(b, carry, WORD_BYTES * number) for number, at in enumerate(each)}
     span_sums = {at: cgutils.alloca_once(b, e.F32V) for at in each}
-    sums = {at: cgutils.alloca_once(b, e.F32V if floats else e.I32V) for at in each}
     for at in each:
-        b.store(zero, span_sums[at])
-    with cgutils.for_range(b, blocks) as block:
-        scales_at = b.mul(block.index, x_scales_stride)
-        for p, m in each:
-            start = zero if floats else e.constants([0] * ROWS, I32)
-            if not floats and isa.WEIGHT_BIAS:
-                start = e.splat(b, e.load(b, e.offset(b, b.add(x_sums, scales_at), 4 * m), I32), e.I32V)
-            b.store(start, sums[p, m])
-        with cgutils.for_range(b, e.const(lines)) as inner:
-            line = b.add(b.mul(block.index, e.const(lines)), inner.index)
-            packed = b.add(weights, b.mul(line, e.const(LINE_WORDS * WORD_BYTES)))
-            x_line = b.add(x, b.mul(line, line_stride))
-            for word in range(LINE_WORDS):
-                values = [
-                    e.load(b, e.offset(b, b.add(packed, b.mul(weights_stride, e.const(p))), word * WORD_BYTES),
-                           e.F32V if floats else e.BYTEV)
-                    for p in range(panels)
-                ]  # fmt: skip
-                for m in range(tokens):
-                    at = e.offset(b, x_line, 4 * (LINE_WORDS * m + word))
-                    other = e.splat(b, e.load(b, at, F32 if floats else I32), e.F32V if floats else e.I32V)
-                    for p in range(panels):
-                        before = b.load(sums[p, m])
-                        if floats:
-                            after = e.fma(b, values[p], other, before)
-                        else:
-                            after = isa.dot4(b, before, values[p], other)
-                        b.store(after, sums[p, m])
+        b.store(_ZERO, span_sums[at])
+    with b.if_then(b.icmp_signed("!=", word(R.G_RESUMES), e.const(0))):
+        for at in each:
+            b.store(e.load(b, carried[at], e.F32V), span_sums[at])
+    with cgutils.for_range(b, word(R.G_BLOCKS)) as block:
+        scale_at = b.mul(block.index, e.const(4 * TALL))
+        x_scales_at, x_sums_at = b.add(x_scales, scale_at), b.add(x_sums, scale_at)
+        sums = _block_sums(b, panels, tokens, floats, weights, weights_stride, x, x_sums_at, block.index)
         for p in range(panels):
             if scaled:
                 at = b.add(scales, b.mul(scales_stride, e.const(p)))
@@ -96,29 +89,80 @@ def _emit_tile(
                 elif floats:
                     after = e.fma(b, scale, product, before)
                 else:
-                    x_scale = e.load(b, e.offset(b, b.add(x_scales, scales_at), 4 * m), F32)
-                    value = b.fmul(scale, e.splat(b, x_scale, e.F32V))
-                    after = e.fma(b, value, e.to_float(b, product), before)
+                    x_scale = e.splat(b, e.load(b, e.offset(b, x_scales_at, 4 * m), F32), e.F32V)
+                    after = e.fma(b, b.fmul(scale, x_scale), e.to_float(b, product), before)
                 b.store(after, span_sums[p, m])
-    _store(b, {at: b.load(span_sums[at]) for at in each}, panels, out, out_stride, rows, count, begins, bias)
+    with b.if_else(b.icmp_signed("!=", word(R.G_ENDS), e.const(0))) as (whole, part):
+        with whole:
+            _add_to_results(b, {at: b.load(span_sums[at]) for at in each}, panels, tokens, task, token)
+        with part:
+            for at in each:
+                e.store(b, b.load(span_sums[at]), carried[at])
 
 
-def _store(b, span_sums, panels, out, out_stride, rows, count, begins, bias):
+def _block_sums(b, panels, tokens, floats, weights, weights_stride, x, x_sums, block):
+    """One register for every panel and token: the products of a block, line after line of 16 words."""
+    each = [(p, m) for p in range(panels) for m in range(tokens)]
+    of = e.F32V if floats else e.I32V
+    sums = {at: cgutils.alloca_once(b, of) for at in each}
+    for p, m in each:
+        start = _ZERO if floats else e.constants([0] * ROWS, I32)
+        if not floats and isa.WEIGHT_BIAS:
+            start = e.splat(b, e.load(b, e.offset(b, x_sums, 4 * m), I32), of)
+        b.store(start, sums[p, m])
+    lines = block_lines(floats)
+    with cgutils.for_range(b, e.const(lines)) as inner:
+        line = b.add(b.mul(block, e.const(lines)), inner.index)
+        packed = b.add(weights, b.mul(line, e.const(LINE_WORDS * WORD_BYTES)))
+        x_line = b.add(x, b.mul(line, e.const(TALL * LINE)))
+        for word in range(LINE_WORDS):
+            places = [b.add(packed, b.mul(weights_stride, e.const(p))) for p in range(panels)]
+            values = [e.load(b, e.offset(b, at, word * WORD_BYTES), e.F32V if floats else e.BYTEV) for at in places]
+            for m in range(tokens):
+                at = e.offset(b, x_line, LINE * m + 4 * word)
+                other = e.splat(b, e.load(b, at, F32 if floats else I32), of)
+                for p in range(panels):
+                    before = b.load(sums[p, m])
+                    multiply = e.fma if floats else _dot4
+                    b.store(multiply(b, values[p], other, before), sums[p, m])
+    return sums
+
+
+def _dot4(b, weights, x, sums):
+    return isa.dot4(b, sums, weights, x)
+
+
+def _add_to_results(b, span_sums, panels, tokens, task, token):
     """Adds the sums of a span to what is there, and the bias behind the last one."""
-    is_first = b.icmp_signed("!=", begins, e.const(0))
-    has_bias = b.icmp_signed("!=", bias, e.const(0))
-    zero = ir.Constant(e.F32V, [0.0] * ROWS)
-    for p in range(panels):
-        added = cgutils.alloca_once(b, e.F32V)
-        b.store(zero, added)
-        with b.if_then(has_bias):
-            b.store(e.load(b, e.offset(b, bias, 4 * ROWS * p), e.F32V), added)
-        for m in range(len(span_sums) // panels):
-            with b.if_then(b.icmp_signed("<", e.const(m), count)):
-                at = e.offset(b, b.add(out, b.mul(out_stride, e.const(m))), 4 * ROWS * p)
+    stride, rows, many, begins, bias = (
+        e.load_word(b, task, each) for each in (R.G_OUT_STRIDE, R.G_ROWS, R.G_TOKENS, R.G_BEGINS, R.G_BIAS)
+    )
+    out = b.add(e.load_word(b, task, R.G_OUT), b.mul(token, stride))
+    is_first, has_bias = (b.icmp_signed("!=", each, e.const(0)) for each in (begins, bias))
+    added = [cgutils.alloca_once(b, e.F32V) for _ in range(panels)]
+    for register in added:
+        b.store(_ZERO, register)
+    with b.if_then(has_bias):
+        for p, register in enumerate(added):
+            b.store(e.load(b, e.offset(b, bias, WORD_BYTES * p), e.F32V), register)
+    for m in range(tokens):
+        with b.if_then(b.icmp_signed("<", e.offset(b, token, m), many)):
+            for p in range(panels):
+                at = e.offset(b, b.add(out, b.mul(stride, e.const(m))), WORD_BYTES * p)
                 left = b.sub(rows, e.const(ROWS * p))
-                total = b.fadd(b.select(is_first, zero, e.load_rows(b, at, left)), span_sums[p, m])
-                e.store_rows(b, b.fadd(total, b.load(added)), at, left)
+                total = b.fadd(b.select(is_first, _ZERO, e.load_rows(b, at, left)), span_sums[p, m])
+                e.store_rows(b, b.fadd(total, b.load(added[p])), at, left)
+
+
+@intrinsic
+def prefetch(typing_context, address):
+    """Asks for a line, into the second-level cache."""
+
+    def codegen(context, builder, signature, args):
+        e.prefetch(builder, args[0], locality=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 class _Unpacked:

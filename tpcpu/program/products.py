@@ -20,12 +20,8 @@ from tpcpu.program.weights import PANEL_ROWS, Packed, Table, Vector, float_bits
 if selected().panel_rows == 1:
     from tpcpu.kernels.linear_plain import linear, linear_of_one
     from tpcpu.kernels.linear_plain import linear as gemm
-
-    def scratch_bytes(exact: bool, form: int) -> int:
-        """Plain kernels have one way for several tokens and for many."""
-        return 0
 else:
-    from tpcpu.kernels.gemm import gemm, scratch_bytes
+    from tpcpu.kernels.gemm import gemm, room_bytes
     from tpcpu.kernels.linear import linear, linear_of_one
 
 Weights = Mapping[tuple[str, Kind], Packed | Table | Vector]
@@ -172,8 +168,10 @@ class Products:
             self._records.add(kernels, words, apart=form == forms[-1])
 
     def _room(self, form: int) -> dict[int, int]:
-        """Memory of each thread for a product with many tokens, which leaves nothing there."""
-        stride = scratch_bytes(self.exact, form)
+        """Memory of each thread for a product with many tokens, which leaves nothing there; plain kernels need none."""
+        if PANEL_ROWS == 1:
+            return {}
+        stride = room_bytes(self.exact, form)
         if stride not in self._gemm_rooms:
             self._gemm_rooms[stride] = self._buffers.take(stride * self._threads)
         return {R.ROOM: self._gemm_rooms[stride], R.ROOM_STRIDE: stride}
