@@ -74,6 +74,13 @@ def _emit_tile(b, panels, tokens, floats, scaled, task, token):
     with b.if_then(b.icmp_signed("!=", word(R.G_RESUMES), e.const(0))):
         for at in each:
             b.store(e.load(b, carried[at], e.F32V), span_sums[at])
+    ends = b.icmp_signed("!=", word(R.G_ENDS), e.const(0))
+    out, out_stride = word(R.G_OUT), word(R.G_OUT_STRIDE)
+    with b.if_then(ends):
+        # Results of a token lie far from the next one's, and what they are added to was written a span ago.
+        for p, m in each:
+            at = b.add(out, b.mul(e.offset(b, token, m), out_stride))
+            e.prefetch(b, e.offset(b, at, WORD_BYTES * p))
     with cgutils.for_range(b, word(R.G_BLOCKS)) as block:
         scale_at = b.mul(block.index, e.const(4 * TALL))
         x_scales_at, x_sums_at = b.add(x_scales, scale_at), b.add(x_sums, scale_at)
@@ -92,7 +99,7 @@ def _emit_tile(b, panels, tokens, floats, scaled, task, token):
                     x_scale = e.splat(b, e.load(b, e.offset(b, x_scales_at, 4 * m), F32), e.F32V)
                     after = e.fma(b, b.fmul(scale, x_scale), e.to_float(b, product), before)
                 b.store(after, span_sums[p, m])
-    with b.if_else(b.icmp_signed("!=", word(R.G_ENDS), e.const(0))) as (whole, part):
+    with b.if_else(ends) as (whole, part):
         with whole:
             _add_to_results(b, {at: b.load(span_sums[at]) for at in each}, panels, tokens, task, token)
         with part:
