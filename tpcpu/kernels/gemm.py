@@ -33,11 +33,13 @@ from tpcpu.kernels.record import BLOCK, FLOAT32, FLOATS, INT8, NF4, SPAN
 from tpcpu.kernels.scales import ROWS
 from tpcpu.kernels.simd import vectors as v
 
-LEAST_TOKENS = 9
+LEAST_TOKENS = 40
 """Fewer tokens go through the tiles of `linear.py`."""
 
 LOW = 4
-"""Tokens of a tile where TALL are too many."""
+MANY = TALL if v.LANES == 16 else LOW
+"""Tokens of a tile: LOW at the end, and where 16 registers have to do. On AMD Zen 4 tiles of 2 panels x 6 and 8 tokens
+and 3 x 4 were the fastest, alike within noise, of those and 2 x 7, 10 and 12 and 1 x 12, 13 and 14."""
 
 UNIT_LINES = 8
 """Lines of each token that are multiplied at a time: 8 KB of a panel of 16 rows."""
@@ -224,15 +226,15 @@ def gemm(form: int, exact: bool) -> Kernel:
                             following = source + unit * block_bytes
                             if block + unit >= in_span:
                                 following = source - block * block_bytes + beside * panel_bytes
-                            for m in range(0, many, TALL):
+                            for m in range(0, many, MANY):
                                 ask = unit * block_bytes * beside // LINE
-                                for i in range(ask * m // many, ask * (m + TALL) // many):
+                                for i in range(ask * m // many, ask * (m + MANY) // many):
                                     of_panel = i % beside * panel_bytes
                                     prefetch(following + of_panel + i // beside * LINE)
                                 if beside < WIDE:
-                                    tile(1, TALL, floats, scaled, task, m)
+                                    tile(1, MANY, floats, scaled, task, m)
                                 elif many - m > LOW:
-                                    tile(WIDE, TALL, floats, scaled, task, m)
+                                    tile(WIDE, MANY, floats, scaled, task, m)
                                 else:
                                     tile(WIDE, LOW, floats, scaled, task, m)
                         panel += beside

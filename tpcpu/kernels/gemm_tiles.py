@@ -43,7 +43,7 @@ def block_lines(floats: int) -> int:
 
 @intrinsic(prefer_literal=True)
 def tile(typing_context, panels, tokens, floats, scaled, task, token):
-    """Multiplies the panels of a task with `tokens` tokens from `token` on, a multiple of TALL.
+    """Multiplies the panels of a task with `tokens` tokens from `token` on, all of which lie side by side.
 
     The first four arguments are constants; `scaled`: weights have a scale per block.
     """
@@ -63,8 +63,12 @@ def _emit_tile(b, panels, tokens, floats, scaled, task, token):
     weights, weights_stride, scales, scales_stride = (
         word(each) for each in (R.G_WEIGHTS, R.G_WEIGHTS_STRIDE, R.G_SCALES, R.G_SCALES_STRIDE)
     )
-    x = b.add(word(R.G_X), b.mul(token, e.const(R.SPAN * block_lines(floats) * LINE)))
-    x_scales, x_sums = (b.add(word(each), b.mul(token, e.const(4 * R.SPAN))) for each in (R.G_X_SCALES, R.G_X_SUMS))
+    # Those that lie side by side begin with `token - aside`.
+    aside = b.and_(token, e.const(TALL - 1))
+    at = b.add(b.mul(b.sub(token, aside), e.const(R.SPAN)), aside)
+    lines_at = b.add(b.mul(b.sub(token, aside), e.const(R.SPAN * block_lines(floats))), aside)
+    x = b.add(word(R.G_X), b.mul(lines_at, e.const(LINE)))
+    x_scales, x_sums = (b.add(word(each), b.mul(at, e.const(4))) for each in (R.G_X_SCALES, R.G_X_SUMS))
     each = [(p, m) for p in range(panels) for m in range(tokens)]
     carry = b.add(word(R.G_CARRY), b.mul(token, e.const(TOKEN_SUMS)))
     carried = {at: e.offset(b, carry, WORD_BYTES * number) for number, at in enumerate(each)}
