@@ -18,7 +18,7 @@ from tests.kernels.binding import (
 from tpcpu.parallel.partition import Range
 from tpcpu.program.operations import Kind
 
-COUNTS = (1, 2, 7, 19, 41, 44, 47, 64)
+COUNTS = (1, 2, 7, 19, 49, 52, 55, 64)
 ARITHMETICS = [(form, exact) for form in FORMS for exact in (False, True) if exact or form in QUANTISED]
 IDS = [f"{form}-{'exact' if exact else 'int8'}" for form, exact in ARITHMETICS]
 each_arithmetic = pytest.mark.parametrize(("form", "exact"), ARITHMETICS, ids=IDS)
