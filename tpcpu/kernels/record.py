@@ -202,6 +202,9 @@ X_ONE = 19
 """Where the activations of a step of one token lie,"""
 IS_PRIVATE = 20
 """and whether every thread has a copy of its own there, one row of `X`, `X_SCALES` and `X_SUMS` after another."""
+ROOM = 21
+"""Memory of each thread for products with many tokens, `gemm.room_bytes`, and the bytes from one to the next."""
+ROOM_STRIDE = 22
 
 # A segment of a linear.
 S_VALUES = 0
@@ -228,6 +231,34 @@ S_BIAS = 12
 S_OUT_ONE = 13
 """Where the result of a step of one token goes."""
 SEGMENT_WORDS = 16
+
+# The task of a thread in a product with many tokens: some blocks of a span of one or two panels.
+G_WEIGHTS = 0
+"""Words of the first block and panel, then bytes from panel to panel; the same of the scales."""
+G_WEIGHTS_STRIDE = 1
+G_SCALES = 2
+G_SCALES_STRIDE = 3
+G_BLOCKS = 4
+G_X = 5
+"""The first block of the tokens that lie side by side; then of their scales and of their sums."""
+G_X_SCALES = 6
+G_X_SUMS = 7
+G_TOKENS = 8
+"""How many there are."""
+G_CARRY = 9
+"""Sums of the span, tile after tile, where blocks come before these (`G_RESUMES`) or follow them (not `G_ENDS`)."""
+G_RESUMES = 10
+G_ENDS = 11
+G_OUT = 12
+"""The result of the first token and row; then bytes from token to token."""
+G_OUT_STRIDE = 13
+G_ROWS = 14
+"""Rows from the first one on."""
+G_BEGINS = 15
+"""1 in the first span, before which there is no result."""
+G_BIAS = 16
+"""In the last span the bias of the first row, or 0."""
+TASK_WORDS = 24
 
 # Operands of packing.
 P_SOURCE = 5

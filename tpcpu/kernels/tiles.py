@@ -24,8 +24,10 @@ from tpcpu.kernels.simd import emit as e
 from tpcpu.kernels.simd import instructions as isa
 
 ROWS = selected().panel_rows
-PREFETCH = 4096 if prefetches() else 0
+AHEAD = 4096
 """Bytes that a tile asks for ahead of its reading: far enough for memory, near enough for the first-level cache."""
+PREFETCH = AHEAD if prefetches() else 0
+"""The same for one token; several are bound by arithmetic, on every CPU."""
 
 
 class _Operands:
@@ -56,7 +58,7 @@ class _Operands:
         )
         self.token = token
         self.out = R.S_OUT_ONE if one else R.S_OUT
-        self.prefetches = bool(PREFETCH) and tokens == 1
+        self.prefetches = bool(PREFETCH) if tokens == 1 else tokens >= 4
 
     def each(self):
         return [(p, m) for p in range(self.panels) for m in range(self.tokens)]
@@ -81,14 +83,14 @@ def _ahead(o, packed, block, blocks, block_bytes):
     Panels that a tile takes side by side lie one after another, so the next one of each is as many panels on.
     """
     b = o.b
-    far = e.offset(b, block, -(-PREFETCH // block_bytes))
+    far = e.offset(b, block, -(-AHEAD // block_bytes))
     skipped = b.mul(blocks, e.const((o.panels - 1) * block_bytes))
-    jump = b.select(b.icmp_signed("<", far, blocks), e.const(PREFETCH), b.add(skipped, e.const(PREFETCH)))
+    jump = b.select(b.icmp_signed("<", far, blocks), e.const(AHEAD), b.add(skipped, e.const(AHEAD)))
     return [b.add(address, jump) for address in packed]
 
 
 def _integer_products(o, sums, packed, ahead, x_at, nf4, table):
-    """Adds a block's products of bytes to `sums`, two for each panel and token: integers add up alike in any order.
+    """Adds a block's products of bytes to `sums`, some for each panel and token: integers add up alike in any order.
 
     `packed[p]`: address of the block; `ahead[p]`: what to prefetch with it; `x_at`: its first feature.
     """
@@ -109,7 +111,7 @@ def _integer_products(o, sums, packed, ahead, x_at, nf4, table):
             for half in range(len(weights[0])):
                 x = _splat_bytes(b, e.offset(b, e.offset(b, o.x[m], x_at), features * g + 4 * half))
                 for p in range(o.panels):
-                    register = sums[p, m][(g * len(weights[p]) + half) % 2]
+                    register = sums[p, m][(g * len(weights[p]) + half) % len(sums[p, m])]
                     b.store(isa.dot4(b, b.load(register), weights[p][half], x), register)
 
 
@@ -207,7 +209,9 @@ def _quantised_tile(o, nf4, coded, exact):
         table = isa.table_f32(b, o.table)
     else:
         table = e.load(b, o.table, e.BYTEV)
-    sums = o.new(e.F32V) if exact else {at: [cgutils.alloca_once(b, e.I32V) for _ in range(2)] for at in o.each()}
+    # A second sum hides the latency of the product, where there are no other tokens to do that.
+    chains = 1 if o.panels * o.tokens >= 8 else 2
+    sums = o.new(e.F32V) if exact else {at: [cgutils.alloca_once(b, e.I32V) for _ in range(chains)] for at in o.each()}
 
     def one_block(block, inside, span_sums):
         packed = [
@@ -223,8 +227,8 @@ def _quantised_tile(o, nf4, coded, exact):
             zero = e.constants([0] * ROWS, I32)
             for p, m in o.each():
                 start = _splat_bytes(b, e.offset(b, o.x_sums[m], block, 4)) if isa.WEIGHT_BIAS else zero
-                b.store(start, sums[p, m][0])
-                b.store(zero, sums[p, m][1])
+                for register, value in zip(sums[p, m], (start, zero), strict=False):
+                    b.store(value, register)
             _integer_products(o, sums, packed, ahead, x_at, nf4, table)
         for p in range(o.panels):
             scale = scales.load(p, blocks, block, inside)
@@ -235,7 +239,8 @@ def _quantised_tile(o, nf4, coded, exact):
                 else:
                     x_scale = b.fmul(e.load(b, e.offset(b, o.x_scales[m], block, 4), F32), o.factor)
                     value = b.fmul(scale, e.splat(b, x_scale, e.F32V))
-                    product = e.to_float(b, b.add(*(b.load(part) for part in sums[p, m])))
+                    parts = [b.load(part) for part in sums[p, m]]
+                    product = e.to_float(b, b.add(*parts) if len(parts) > 1 else parts[0])
                 b.store(e.fma(b, value, product, b.load(register)), register)
 
     _accumulate(o, blocks, one_block, scales)
@@ -260,7 +265,7 @@ def _float_tile(o, bits):
             for p in range(o.panels):
                 at = e.offset(b, panels[p], k, ROWS * size)
                 if o.prefetches:
-                    e.prefetch(b, e.offset(b, at, PREFETCH))
+                    e.prefetch(b, e.offset(b, at, AHEAD))
                 values.append(e.load_floats(b, at, bits))
             for m in range(o.tokens):
                 x = e.splat(b, e.load(b, e.offset(b, o.x[m], k, 4), F32), e.F32V)

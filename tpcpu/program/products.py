@@ -19,7 +19,9 @@ from tpcpu.program.weights import PANEL_ROWS, Packed, Table, Vector, float_bits
 
 if selected().panel_rows == 1:
     from tpcpu.kernels.linear_plain import linear, linear_of_one
+    from tpcpu.kernels.linear_plain import linear as gemm
 else:
+    from tpcpu.kernels.gemm import gemm, room_bytes
     from tpcpu.kernels.linear import linear, linear_of_one
 
 Weights = Mapping[tuple[str, Kind], Packed | Table | Vector]
@@ -78,6 +80,7 @@ class Products:
         self._threads, self._rows, self.exact = threads, max(rows, threads), exact
         self._rounded: dict[int, tuple[Rounded, str]] = {}
         self._rooms: dict[tuple[int, int], int] = {}
+        self._gemm_rooms: dict[int, int] = {}
         self._copy_rows: dict[tuple[type, int], int] = {}
         self._tables = _tables()
         self.keep: list[object] = [self._tables]
@@ -160,9 +163,18 @@ class Products:
                 private = int(read.private)
                 words.update({R.X_ONE: words[R.X], R.IS_PRIVATE: private, R.TABLE: self._tables[0].ctypes.data})
             words.update(self._scratch(len(of_form[0].packed.weight.columns)))
-            several = linear(form, self.exact)
-            kernels = [linear_of_one(form, self.exact), several, several]
+            words.update(self._room(form))
+            kernels = [linear_of_one(form, self.exact), linear(form, self.exact), gemm(form, self.exact)]
             self._records.add(kernels, words, apart=form == forms[-1])
+
+    def _room(self, form: int) -> dict[int, int]:
+        """Memory of each thread for a product with many tokens, which leaves nothing there; plain kernels need none."""
+        if PANEL_ROWS == 1:
+            return {}
+        stride = room_bytes(self.exact, form)
+        if stride not in self._gemm_rooms:
+            self._gemm_rooms[stride] = self._buffers.take(stride * self._threads)
+        return {R.ROOM: self._gemm_rooms[stride], R.ROOM_STRIDE: stride}
 
     def _scratch(self, columns: int) -> dict[int, int]:
         """Memory of each thread for one record: a decoded row, or the sums of a panel's spans.

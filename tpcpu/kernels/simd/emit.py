@@ -119,3 +119,11 @@ def store_rows(b, vector, address, rows):
     name = f"llvm.masked.store.v{of.count}f32.p0"
     function = cgutils.get_or_insert_function(b.module, prototype, name)
     b.call(function, [vector, pointer(b, address, of), const(4, I32), mask])
+
+
+def load_rows(b, address, rows):
+    """The first `rows` (an LLVM int64) of LANES float32; zeros in the other lanes, which are not read."""
+    mask = lanes_before(b, rows)
+    prototype = ir.FunctionType(F32V, [F32V.as_pointer(), I32, mask.type, F32V])
+    function = cgutils.get_or_insert_function(b.module, prototype, f"llvm.masked.load.v{LANES}f32.p0")
+    return b.call(function, [pointer(b, address, F32V), const(4, I32), mask, ir.Constant(F32V, [0.0] * LANES)])
