@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 MODULES = ("pack", "linear", "activations", "attention", "company", "joining", "ceilings")
 OTHERS = [isa.name for isa in available() if isa is not selected()]
 RUNS = [(isa, module) for isa in OTHERS for module in MODULES]
+ONE_CACHE = {"avx512": "bf16", "avx2": "int8", "generic": "float32"}
+"""Attention compiles for a minute a set where it goes through all formats of the cache: one each, all in long runs."""
 
 
 def python(*arguments: str, isa: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -28,25 +30,40 @@ def python(*arguments: str, isa: str, timeout: float = 60) -> subprocess.Complet
     )
 
 
+def run_tests(isa: str, module: str, only: str | None) -> subprocess.CompletedProcess[str]:
+    """A module's tests; those whose names hold `only`."""
+    chosen = ("-k", only) if only else ()
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, f"tests/kernels/test_{module}.py")
+    return python(*arguments, isa=isa, timeout=280)
+
+
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]]]:
     """The children, two at a time: they compile for most of their lives, each on one core."""
     pool = ThreadPoolExecutor(2)
-    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
     yield {
-        (isa, module): pool.submit(python, *arguments, f"tests/kernels/test_{module}.py", isa=isa, timeout=280)
+        (isa, module): pool.submit(run_tests, isa, module, ONE_CACHE[isa] if module == "attention" else None)
         for isa, module in RUNS
     }
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize(("isa", "module"), RUNS)
-def test_operations(runs, isa, module):
-    run = runs[isa, module].result()
+def assert_passed(run: subprocess.CompletedProcess[str]) -> None:
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     summary = run.stdout.splitlines()[-1]
     assert " passed" in summary
     assert "skipped" not in summary
+
+
+@pytest.mark.parametrize(("isa", "module"), RUNS)
+def test_operations(runs, isa, module):
+    assert_passed(runs[isa, module].result())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("isa", OTHERS)
+def test_attention_with_every_cache(isa):
+    assert_passed(run_tests(isa, "attention", None))
 
 
 @pytest.mark.parametrize("isa", [isa.name for isa in available()])

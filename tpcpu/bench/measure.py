@@ -4,22 +4,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tpcpu.bench import ceilings
-from tpcpu.bench.ceilings import STEADY, Peaks, Reading, spread
+from tpcpu.bench.ceilings import Peaks, Reading, spread
 from tpcpu.bench.joining import all_reduce_times, medians
+from tpcpu.bench.lines import report_lines
 from tpcpu.bench.requests import Prompts, Requests, following
 from tpcpu.bench.resident import Peak
+from tpcpu.bench.settings import Settings, check
 from tpcpu.bench.times import CLASSES, Row, class_of, shares, table
 from tpcpu.bench.weights import Tally, tally, token_bytes
 from tpcpu.engine.engine import Engine, Options
 from tpcpu.engine.progress import Progress
 from tpcpu.engine.source import Source
-from tpcpu.errors import UsageError
 from tpcpu.kernels import peak
 from tpcpu.kernels.compile import spent_seconds
 from tpcpu.parallel.communicator import Communicator
@@ -28,24 +29,6 @@ from tpcpu.program.operations import Attention, weights
 from tpcpu.program.weights import Packed
 
 _CALIBRATION_ROUNDS = 1 << 22
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is run how often."""
-
-    prompt_tokens: tuple[int, ...] = (128,)
-    """One measurement for each; all on the same weights."""
-    new_tokens: int = 64
-    runs: int = 5
-    batch: int = 1
-    """Requests that are worked on together."""
-    cached_tokens: int | None = None
-    """Of a prompt whose beginning is in the cache, timed beside one whose is not."""
-    replay: tuple[int, ...] | None = None
-    """A text that is drafted from and that the answer follows, with drafts and without."""
-    message_bytes: int | None = None
-    """Of an all-reduce that is timed by itself."""
 
 
 @dataclass
@@ -95,7 +78,7 @@ def measure(
     with memory:
         engine = Engine(source, communicator, options, progress)
     try:
-        _check(engine, settings)
+        check(engine, settings)
         prompts = Prompts(engine.vocabulary)
         found = []
         for tokens in settings.prompt_tokens:
@@ -105,37 +88,6 @@ def measure(
         return found
     finally:
         engine.close()
-
-
-def _check(engine: Engine, settings: Settings) -> None:
-    """Raises UsageError for what this engine has no room for."""
-    longest, new = max(settings.prompt_tokens), settings.new_tokens
-    needed = longest + new
-    if needed > engine.context:
-        raise UsageError(
-            f"--prompt-tokens {longest} and --new-tokens {new} need a context of "
-            f"{needed}, but it is {engine.context}; take fewer, or raise --context where the model has more"
-        )
-    if settings.batch > min(engine.max_batch, engine.chunk_tokens, engine.most_wanted):
-        raise UsageError(
-            f"--batch {settings.batch} is more than a step can take; raise --chunk-tokens above {engine.chunk_tokens}"
-        )
-    together = settings.batch * -(-needed // engine.cache.page_tokens)
-    if together > engine.cache.pages.count:
-        raise UsageError(
-            f"--batch {settings.batch} with {needed} tokens each needs a cache of {together} pages, "
-            f"but it has {engine.cache.pages.count}; raise --cache-tokens"
-        )
-    if settings.replay is not None and len(settings.replay) <= needed:
-        raise UsageError(
-            f"--replay: the text has {len(settings.replay)} tokens, but --prompt-tokens {longest} and "
-            f"--new-tokens {new} need {needed + 1}; take fewer, or a longer text"
-        )
-    if settings.replay is not None and max(settings.replay) >= engine.vocabulary:
-        raise UsageError(
-            f"--replay: token {max(settings.replay)} is none of this model, which has {engine.vocabulary}; "
-            "take the tokenizer that belongs to it"
-        )
 
 
 class _Measurement:
@@ -222,7 +174,7 @@ class _Measurement:
             joining = all_reduce_times(communicator, self._team, settings.message_bytes)
             result |= medians(joining)
             result["runs"] = runs | joining
-        lines = _lines(result, reading, found, fractions)
+        lines = report_lines(result, reading, found, fractions)
         lines += [
             f"{name:<18} {spread(values)} us for {settings.message_bytes} bytes" for name, values in joining.items()
         ]
@@ -366,52 +318,3 @@ def _drafting(engine: Engine, most: int) -> Iterator[None]:
         yield
     finally:
         engine.speculate = before
-
-
-def _parts(shares_of_time: dict[str, float]) -> str:
-    return ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares_of_time.items())
-
-
-def _lines(
-    result: dict[str, Any], reading: Reading, found: dict[str, list[float]], fractions: list[float]
-) -> list[str]:
-    several = f"{result['batch']} requests at a time, " if result["batch"] > 1 else ""
-    lines = [
-        f"{result['model']}: {result['ranks']} x {result['threads_per_rank']} threads, {result['isa']}, "
-        f"{result['arithmetic']} arithmetic; {several}{result['new_tokens']} tokens after {result['prompt_tokens']}, "
-        f"medians of {len(fractions)} (least to most)",
-        f"decode    {spread(found['decode_tokens_per_s'])} tokens/s, {result['decode_ms_per_token']:.3f} ms/token, "
-        f"{result['weight_bytes_per_token']:,} bytes/token, {result['bandwidth_fraction']:.3f} of read bandwidth",
-        f"          beside the reading just before and after: {spread(fractions, 3)} of it",
-        f"          {_parts(result['time_share'])}",
-        f"prefill   {spread(found['prefill_tokens_per_s'])} tokens/s, {result['prefill_gops']:.1f} GOPS, "
-        f"{result['arithmetic_fraction']:.3f} of the peak",
-        f"          {_parts(result['prefill_time_share'])}",
-        f"          attention {result['prefill_attention_gflops']:.1f} GFLOPS, "
-        f"{result['prefill_attention_fraction']:.3f} of the peak; "
-        f"{result['prefill_outside_attention_tokens_per_s']:.1f} tokens/s outside it",
-    ]
-    if "cached_ttft_ms" in found:
-        lines.append(
-            f"cached    {spread(found['cached_ttft_ms'])} ms to the first token, "
-            f"{result['cached_ttft_ratio']:.3f} of the {result['ttft_ms']:.1f} without"
-        )
-    if "speculate_ratio" in found:
-        lines.append(
-            f"drafts    {spread(found['speculate_tokens_per_s'])} tokens/s, {result['speculate_ratio']:.2f} x the "
-            f"{result['plain_tokens_per_s']:.2f} without; {result['accepted_tokens']:.0f} of "
-            f"{result['drafted_tokens']:.0f} right, {result['speculate_steps']:.0f} steps"
-        )
-    lines += [
-        f"peaks     {result['int8_peak_gops']:.0f} GOPS int8, {result['fma_peak_gflops']:.0f} GFLOPS float32",
-        f"loading   {result['load_s']:.2f} s, {result['load_gbs']:.2f} GB/s; compiling {result['compile_s']:.2f} s; "
-        f"at most {result['peak_rss_gb']:.2f} GB resident",
-        f"reading   {result['read_bandwidth_gbs']:.2f} GB/s at best",
-    ]
-    if reading.steadiness < STEADY:
-        lines.append(
-            f"warning: read bandwidth fell to {reading.steadiness:.2f} of its best while this was measured: "
-            f"neighbours, or another place on the host; measure again, or look at the runs beside their own readings"
-        )
-    lines += [f"  {max(values):6.2f} at best, {spread(values)}: {name}" for name, values in reading.gbs.items()]
-    return lines

@@ -117,7 +117,8 @@ def _start(args: argparse.Namespace, ranks: int) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from tpcpu.bench.measure import Settings, measure
+    from tpcpu.bench.measure import measure
+    from tpcpu.bench.settings import Settings
     from tpcpu.bench.times import table_lines
     from tpcpu.cli.loading import Loading
     from tpcpu.engine.engine import DEFAULT_MAX_BATCH, DEFAULT_PAGE_TOKENS, Options
