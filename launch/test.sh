@@ -10,7 +10,7 @@ TIERS="
 lint       120  360
 unit        60  240
 property    60  240
-kernels    300  600
+kernels    300  900
 models     360  720
 mpi        240  960
 e2e        300  720

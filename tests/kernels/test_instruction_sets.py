@@ -15,11 +15,14 @@ import pytest
 from tpcpu.kernels.isa import available, selected
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("pack", "linear", "activations", "attention", "company", "joining", "ceilings")
+MODULES = ("pack", "linear", "activations", "attention")
+LONG = ("attention", "company", "joining", "ceilings")
+"""With every format of the cache, and with all that a step has: minutes of compiling a set, so in long runs."""
 OTHERS = [isa.name for isa in available() if isa is not selected()]
 RUNS = [(isa, module) for isa in OTHERS for module in MODULES]
+LONG_RUNS = [(isa, module) for isa in OTHERS for module in LONG]
 ONE_CACHE = {"avx512": "bf16", "avx2": "int8", "generic": "float32"}
-"""Attention compiles for a minute a set where it goes through all formats of the cache: one each, all in long runs."""
+"""Attention compiles for 20 s a format of the cache: one format each, all of them in long runs."""
 
 
 def python(*arguments: str, isa: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -61,9 +64,9 @@ def test_operations(runs, isa, module):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("isa", OTHERS)
-def test_attention_with_every_cache(isa):
-    assert_passed(run_tests(isa, "attention", None))
+@pytest.mark.parametrize(("isa", "module"), LONG_RUNS)
+def test_operations_in_company(isa, module):
+    assert_passed(run_tests(isa, module, None))
 
 
 @pytest.mark.parametrize("isa", [isa.name for isa in available()])

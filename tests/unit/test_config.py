@@ -79,7 +79,7 @@ def test_rope_theta_is_found_where_newer_writers_put_it():
 def test_other_architectures_are_refused_by_name(model_type):
     message = refused(LLAMA | {"model_type": model_type})
     assert repr(model_type) in message
-    assert "llama, yuan" in message
+    assert "llama, mistral, yuan" in message
 
 
 def test_an_expert_model_that_calls_itself_yuan_is_refused():
