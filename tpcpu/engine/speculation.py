@@ -60,6 +60,9 @@ _WORTH = 0.4
 _HOPE = 1.0
 """What a first draft is expected to bring."""
 
+_CHEAP = 7
+"""Drafts that a step takes beside its token while reading weights is most of its time; more must be nearly certain."""
+
 _PATIENCE, _MOST_PATIENCE = 8, 128
 """Chances that are let go by before drafts that did not pay are tried again, at first and at most."""
 
@@ -95,7 +98,8 @@ class Drafter:
             self._pause[agreeing] -= 1
             return []
         self._agreeing = agreeing
-        return self.lookup.propose(min(most, 1 + round(2 * self._expected[agreeing])))
+        expected = self._expected[agreeing]
+        return self.lookup.propose(min(most if expected > _CHEAP - 1 else _CHEAP, most, 1 + round(2 * expected)))
 
     def verified(self, drafted: int, accepted: int) -> None:
         """So many of the tokens proposed last were looked at, and so many of these were right."""
