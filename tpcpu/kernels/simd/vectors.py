@@ -192,11 +192,6 @@ def add_integers(b, x, y):
 
 
 @_operation(integers, types.int64)
-def load_integers(b, address):
-    return emit.load(b, address, emit.I32V)
-
-
-@_operation(integers, types.int64)
 def splat_integers(b, x):
     """The low 32 bits of x in every lane."""
     return emit.splat(b, b.trunc(x, I32), emit.I32V)
