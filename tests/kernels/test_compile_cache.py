@@ -19,7 +19,7 @@ from tpcpu.kernels import record as R
 ROOT = Path(__file__).parents[2]
 
 COLD_SECONDS = 180
-"""Of a core: what starting with nothing compiled may take, with all that Llama and Yuan need in NF4. Seen: 60 to 100."""
+"""Of a core: what starting with nothing compiled may take, all that Llama and Yuan need in NF4. It took 60 to 96."""
 
 FIRST_STEP = """
 import json, time
