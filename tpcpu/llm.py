@@ -20,7 +20,7 @@ from tpcpu.engine.progress import Progress
 from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import LaunchError, PromptError, UsageError
 from tpcpu.models import read_config
-from tpcpu.parallel.communicator import AllReduceKind, connect
+from tpcpu.parallel.communicator import AllReduceKind, Wire, connect
 from tpcpu.parallel.launcher import in_launcher
 from tpcpu.parallel.partition import Share
 from tpcpu.parallel.topology import Topology
@@ -73,11 +73,12 @@ class LLM:
         max_batch: int = DEFAULT_MAX_BATCH,
         speculate: int = 0,
         all_reduce: AllReduceKind = "window",
+        wire: Wire = "float32",
         progress: Progress | None = None,
     ) -> None:
         options = Options(
             format, lm_head, exact, context, threads, chunk_tokens, page_tokens, kv_cache, cache_tokens, max_batch,
-            speculate,
+            speculate, wire,
         )  # fmt: skip
         self._backend: Backend
         self._answer: Generator[Chunk, None, None] | None = None

@@ -191,6 +191,7 @@ def test_model_flags_have_the_defaults_of_the_documentation():
         "cache_tokens": None,
         "kv_cache": None,
         "all_reduce": "window",
+        "wire": "float32",
         "json": False,
     }
 

@@ -144,7 +144,7 @@ def _measure(args: argparse.Namespace) -> int:
         needed = -(-(max(args.prompt_tokens) + args.new_tokens) // page) * page
         chosen.setdefault("cache_tokens", max(args.batch * needed, args.context or 0))
     options = Options(
-        args.format, args.lm_head, args.exact, args.context, args.threads, kv_cache=args.kv_cache,
+        args.format, args.lm_head, args.exact, args.context, args.threads, kv_cache=args.kv_cache, wire=args.wire,
         exchange=not args.no_exchange and args.as_rank is None,
         share=Share(*args.as_rank) if args.as_rank is not None else None,
         max_batch=max(args.batch, DEFAULT_MAX_BATCH), **chosen,

@@ -15,6 +15,7 @@ FORMATS = ("nf4", "int8", "bf16", "float32")
 HEAD_FORMATS = ("int8", "bf16", "nf4")
 KV_CACHES = ("float32", "bf16", "int8")
 ALL_REDUCES = ("window", "mpi")
+WIRES = ("float32", "bf16")
 
 
 def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> None:
@@ -73,6 +74,9 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
         )  # fmt: skip
     else:
         run.add_argument("--all-reduce", choices=ALL_REDUCES, default="window", help=f"{kinds} (default: window)")
+    run.add_argument(
+        "--wire", choices=WIRES, default="float32", help="what sums travel as between hosts (default: float32)"
+    )
     run.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
 
 

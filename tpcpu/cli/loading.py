@@ -23,7 +23,8 @@ def load(args: argparse.Namespace, output: Output) -> "LLM":
     with Loading(output) as progress:
         return LLM(
             args.model, args.ranks, args.format, args.lm_head, args.exact, args.context,
-            threads=args.threads, kv_cache=args.kv_cache, all_reduce=args.all_reduce, progress=progress, **chosen,
+            threads=args.threads, kv_cache=args.kv_cache, all_reduce=args.all_reduce, wire=args.wire,
+            progress=progress, **chosen,
         )  # fmt: skip
 
 

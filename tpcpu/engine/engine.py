@@ -22,7 +22,7 @@ from tpcpu.kernels import isa
 from tpcpu.kernels.compile import Kernel, spent_seconds
 from tpcpu.models import Model, read_config
 from tpcpu.parallel import numa
-from tpcpu.parallel.communicator import AllReduce, Communicator
+from tpcpu.parallel.communicator import AllReduce, Communicator, Wire
 from tpcpu.parallel.limits import available_bytes
 from tpcpu.parallel.partition import Share
 from tpcpu.parallel.team import Team
@@ -63,6 +63,8 @@ class Options:
     """Requests that run at the same time, at most."""
     speculate: int = 0
     """Tokens that are drafted at a time, at most."""
+    wire: Wire = "float32"
+    """What sums over hosts travel as."""
     exchange: bool = True
     """Without: a rank takes its own part for the sum. Its answers are wrong; its time is that of everything else."""
     share: Share | None = None
@@ -152,7 +154,7 @@ class Engine:
         self._make_room(options)
         self._compiled = Compiled(
             self.program, self.weights, self.cache.memory, self.team,
-            all_reduce=communicator.all_reduce(self.team) if options.exchange else AllReduce("local"),
+            all_reduce=communicator.all_reduce(self.team, options.wire) if options.exchange else AllReduce("local"),
             exact=options.exact,
             tokens=self.chunk_tokens, wanted=self.most_wanted, report=self.progress.say,
         )  # fmt: skip

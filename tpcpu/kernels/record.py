@@ -130,6 +130,23 @@ WINDOW = 17
 TWO_SHOT = 18
 """Bytes of a message from which on the ranks divide the adding."""
 
+# Further operands of an exchange between hosts, behind those through the window.
+SLICE = 19
+"""The slice of the message that this rank exchanges with other hosts; none if it is not below `SLICES`."""
+SLICES = 20
+HOSTS = 21
+SUMS = 22
+"""float32 sums of this host: tokens, each of whole blocks, behind one another,"""
+ROUNDED = 23
+"""and as bf16, if they travel so (`IS_ROUNDED`)."""
+IS_ROUNDED = 24
+RECEIVED = 25
+"""This rank's slice of all hosts, in host order."""
+WIRE_FUNCTION = 26
+"""Address of MPI_Allgather, then its handles."""
+WIRE_DATATYPE = 27
+WIRE_COMMUNICATOR = 28
+
 # Operands of attention; heads are rows of `HEAD_STEP` bytes from `HEAD_FIRST`.
 A_Q = 5
 A_Q_STRIDE = 6

@@ -21,7 +21,9 @@ from tpcpu.parallel.announcement import announced
 if TYPE_CHECKING:
     from tpcpu.parallel.team import Team
 
-AllReduceKind = Literal["window", "ordered", "mpi"]
+AllReduceKind = Literal["window", "hosts", "ordered", "mpi"]
+Wire = Literal["float32", "bf16"]
+"""What sums travel as between hosts."""
 T = TypeVar("T")
 
 
@@ -30,11 +32,12 @@ class AllReduce:
     """What a compiled step needs to join partial sums.
 
     `window`: memory that all ranks share, in which each finds the others' parts and adds them in rank order: all ranks
-    hold the same bits. `ordered`: the same where not all can share memory, by an MPI function's address and its handles
-    as 64-bit integers: MPI_Allgather with (float datatype, communicator); the caller adds the parts in rank order.
-    `mpi`: MPI_Allreduce with (float datatype, sum operation, communicator), in whatever order MPI takes. `local`:
-    nothing is sent, and each rank takes its own part for the sum, to measure the time of all the rest. A lone rank has
-    nothing to do. Only the thread that connected may call the function.
+    hold the same bits. `hosts`: the same inside each host; then an MPI function, by its address and its handles as
+    64-bit integers, exchanges the hosts' sums, which are added in host order: MPI_Allgather with (datatype,
+    communicator). `ordered`: where ranks of a host share no memory, MPI_Allgather of all parts; the caller adds them in
+    rank order. `mpi`: MPI_Allreduce with (float datatype, sum operation, communicator), in whatever order MPI takes.
+    `local`: nothing is sent, and each rank takes its own part for the sum, to measure the time of all the rest. A lone
+    rank has nothing to do. Only the thread that connected may call the function.
     """
 
     kind: AllReduceKind | Literal["local"]
@@ -48,6 +51,14 @@ class AllReduce:
     """and their size."""
     two_shot: int = 0
     """Bytes of a message from which on the ranks divide the adding."""
+    hosts: int = 1
+    """How many there are,"""
+    slices: int = 1
+    """in how many slices their sums are exchanged,"""
+    slice: int = 0
+    """which of them is this rank's (none if it is not below `slices`),"""
+    wire: Wire = "float32"
+    """and what it travels as."""
     keep: object = None
     """What lives as long as the addresses are used."""
 
@@ -101,8 +112,8 @@ class Communicator(ABC):
         return self.rank == 0
 
     @abstractmethod
-    def all_reduce(self, team: "Team") -> AllReduce:
-        """What steps need that `team` walks, to join partial sums."""
+    def all_reduce(self, team: "Team", wire: Wire = "float32") -> AllReduce:
+        """What steps need that `team` walks, to join partial sums; `wire`: what they are between hosts."""
 
     @abstractmethod
     def broadcast(self, array: NDArray[Any]) -> None:
@@ -185,7 +196,7 @@ class Solo(Communicator):
         self.host_of = (0,)
         self.all_reduce_kind = all_reduce
 
-    def all_reduce(self, team: "Team") -> AllReduce:  # noqa: ARG002
+    def all_reduce(self, team: "Team", wire: Wire = "float32") -> AllReduce:  # noqa: ARG002
         """Nothing is to be joined."""
         return AllReduce(self.all_reduce_kind)
 

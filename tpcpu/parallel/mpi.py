@@ -13,6 +13,7 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -29,7 +30,7 @@ from mpi4py import MPI  # noqa: E402
 
 from tpcpu.errors import LaunchError  # noqa: E402
 from tpcpu.parallel.announcement import INTEL, MPICH, OPEN_MPI, SRUN, Announcement  # noqa: E402
-from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, check_counts  # noqa: E402
+from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, Wire, check_counts  # noqa: E402
 from tpcpu.parallel.departure import Departure, begin  # noqa: E402
 from tpcpu.parallel.doorbell import Doorbell  # noqa: E402
 from tpcpu.parallel.exchanges import two_shot_bytes  # noqa: E402
@@ -68,8 +69,8 @@ class Mpi(Communicator):
         self._messages = 0
         self._meet()
         window = self._share_memory() if all_reduce == "window" else None
-        if all_reduce == "window" and window is None:
-            self.all_reduce_kind = "ordered"
+        if all_reduce == "window":
+            self.all_reduce_kind = "ordered" if window is None else "window" if len(self.hosts) == 1 else "hosts"
         unlink_segments(mapped_segments() - foreign)
         crowded = self.host_size > len(Topology.detect().cores)
         self._patience = Patience(crowded)
@@ -80,18 +81,25 @@ class Mpi(Communicator):
         self._departure = begin(MPI.COMM_WORLD.Dup, lambda rank: self._name([rank]), self.abort)
         self._departure.called = self._called
 
-    def all_reduce(self, team: Team) -> AllReduce:
-        """The window, with the number of threads of every rank, or MPI's function with its handles."""
+    def all_reduce(self, team: Team, wire: Wire = "float32") -> AllReduce:
+        """The window, with the number of threads of every rank, or MPI's function with its handles, or both."""
         if self._window is None:
             name: MpiFunction = "MPI_Allreduce" if self.all_reduce_kind == "mpi" else "MPI_Allgather"
             return AllReduce(self.all_reduce_kind, *mpi_call(self._mpi, name))
-        threads: list[int] = self.all_gather(np.array([team.threads]))[:, 0].tolist()
+        every: list[int] = self.all_gather(np.array([team.threads]))[:, 0].tolist()
+        threads = [every[rank] for rank in self.host_ranks]
         call = self._window.all_reduce(threads)
-        if self.size < 3 or len(set(threads)) > 1:
+        if self.host_size > 2 and len(set(threads)) == 1:
+            found = np.array([two_shot_bytes(call, team, lambda: self._wait(self._host.Ibarrier()))])
+            self._wait(self._host.Ibcast(_bytes(found), root=0))
+            call = self._window.all_reduce(threads, int(found[0]))
+        if len(self.hosts) == 1:
             return call
-        found = np.array([two_shot_bytes(call, team, self.barrier)])
-        self.broadcast(found)
-        return self._window.all_reduce(threads, int(found[0]))
+        function, handles = mpi_call(self._alike, "MPI_Allgather", wire)
+        return replace(
+            call, kind="hosts", function=function, handles=handles, hosts=len(self.hosts), slices=self._slices,
+            slice=self.host_rank, wire=wire,
+        )  # fmt: skip
 
     def broadcast(self, array: NDArray[Any]) -> None:
         """Overwrite `array` on every rank with rank 0's."""
@@ -102,7 +110,7 @@ class Mpi(Communicator):
         check_counts(local, counts, self.rank, self.size)
         row = local.dtype.itemsize * math.prod(local.shape[1:])
         lengths = [count * row for count in counts]
-        if self._mailbox is not None and max(lengths) <= ARRAY_BYTES:
+        if self._mailbox is not None and len(self.hosts) == 1 and max(lengths) <= ARRAY_BYTES:
             received = np.empty((sum(counts), *local.shape[1:]), local.dtype) if self.is_root else None
             self._mailbox.gather(_bytes(local), lengths, None if received is None else _bytes(received))
             return None if received is None else _split(received, counts)
@@ -129,7 +137,10 @@ class Mpi(Communicator):
         assert self._departure is not None
         self._departure.look_before_sending()
         if self._mailbox is not None:
+            request = self._leaders.Ibcast(_bytes(array), root=0) if len(self.hosts) > 1 else None
             self._mailbox.send(_bytes(array))
+            if request is not None:
+                self._wait(request)
             return
         request = self._mpi.Ibcast(_bytes(array), root=0)
         self._messages += 1
@@ -140,7 +151,12 @@ class Mpi(Communicator):
         """The others' side."""
         assert not self.is_root
         if self._mailbox is not None:
-            self._mailbox.take(_bytes(array))
+            if self.host_rank > 0:
+                self._mailbox.take(_bytes(array))
+                return
+            # The first of another host passes it on.
+            self._wait(self._leaders.Ibcast(_bytes(array), root=0))
+            self._mailbox.send(_bytes(array))
             return
         self._wait(self._mpi.Ibcast(_bytes(array), root=0), self._bell if self._is_rung else None)
         self._messages += 1
@@ -181,7 +197,7 @@ class Mpi(Communicator):
         """Sleep that long, or until the bell rings; True if rank 0 has sent a message that this rank did not take."""
         if self._mailbox is not None:
             time.sleep(seconds)
-            return not self.is_root and self._mailbox.is_waiting
+            return self.host_rank > 0 and self._mailbox.is_waiting
         if not self._is_rung:
             time.sleep(seconds)
             return False
@@ -190,13 +206,18 @@ class Mpi(Communicator):
 
     def _meet(self) -> None:
         """Learn who is on which host: the first collective over all ranks, with which every host's segments exist."""
-        host = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
-        first = host.bcast(self.rank, root=0)
-        host.Free()
+        self._host = _split_by_host(self._mpi)
+        first = self._host.bcast(self.rank, root=0)
         met = self.all_gather_object((first, MPI.Get_processor_name()))
         firsts = sorted({first for first, _ in met})
         self.hosts = tuple(met[first][1] for first in firsts)
         self.host_of = tuple(firsts.index(first) for first, _ in met)
+        if len(self.hosts) > 1:
+            self._slices = min(self.host_of.count(host) for host in range(len(self.hosts)))
+            color = self.host_rank if self.host_rank < self._slices else MPI.UNDEFINED
+            # With the ranks that have the same slice, in host order; and the first ranks of all hosts.
+            self._alike = self._mpi.Split(color, self.host_of[self.rank])
+            self._leaders = self._mpi.Split(0 if self.host_rank == 0 else MPI.UNDEFINED, self.rank)
         # the rank that comes last has mapped what there is to map: from here on no segment needs its name
         self.barrier()
 
@@ -213,32 +234,40 @@ class Mpi(Communicator):
         rung = self.all_gather_object(self._is_rung)
         self._sleepers = [name for name, hears in zip(names, rung, strict=True) if hears]
 
+    def _problems(self, problem: str | None) -> list[str]:
+        """Those of all ranks."""
+        return [each for each in self.all_gather_object(problem) if each]
+
     def _look(self) -> None:
         if self._departure is not None:
             self._departure.look()
 
     def _share_memory(self) -> Window | None:
-        """The window of this job's ranks, if they are on one host and can share memory. Collective."""
-        if self.host_size < self.size:
-            return None
-        problem = _shortage(self.size) if self.is_root else None
+        """The window of this host's ranks, if those of every host can share memory. Collective."""
+        problem = _shortage(self.host_size) if self.host_rank == 0 else None
+        problems = self._problems(problem)
         found: MPI.Win | None = None
-        if not self.broadcast_object(problem or ""):
+        if not problems:
             try:
-                found = _allocate_shared(self._mpi, part_bytes(self.size))
+                found = _allocate_shared(self._host, part_bytes(self.host_size))
             except MPI.Exception as error:
                 problem = f"MPI_Win_allocate_shared: {error.Get_error_string()}"
-        problems = [each for each in self.all_gather_object(problem) if each]
+            problems = self._problems(problem)
         if problems or found is None:
             if self.is_root:
                 sys.stderr.write(
                     f"tpcpu: note: ranks share no memory, and join their sums by messages: {problems[0]}\n"
                 )
             return None
-        parts = [found.Shared_query(rank)[0].address for rank in range(self.size)]
-        window = Window(self.rank, parts, found)
+        parts = [found.Shared_query(rank)[0].address for rank in range(self.host_size)]
+        window = Window(self.host_rank, parts, found)
         self.barrier()
         return window
+
+
+def _split_by_host(comm: MPI.Intracomm) -> Any:
+    """The ranks that can share memory with this one, in the order of their ranks: a communicator."""
+    return comm.Split_type(MPI.COMM_TYPE_SHARED)
 
 
 def _allocate_shared(comm: MPI.Intracomm, nbytes: int) -> MPI.Win:
@@ -261,17 +290,19 @@ def _shortage(ranks: int) -> str | None:
     return f"/dev/shm has {free >> 20} MB free, {-(-needed >> 20)} MB are needed" if free < needed else None
 
 
-def mpi_call(comm: MPI.Comm, name: MpiFunction) -> tuple[int, tuple[int, ...]]:
-    """The address of an MPI function in the library that mpi4py uses, and the handles to call it with on float32.
+def mpi_call(comm: MPI.Comm, name: MpiFunction, wire: Wire = "float32") -> tuple[int, tuple[int, ...]]:
+    """The address of an MPI function in the library that mpi4py uses, and the handles to call it with.
 
     Handles are 64-bit integers, whether the library's are `int` (MPICH, Intel MPI) or pointers (Open MPI): passed as
-    int64 both arrive. In order: the float datatype, for MPI_Allreduce the sum operation, the communicator.
+    int64 both arrive. In order: the datatype, for MPI_Allreduce the sum operation, the communicator. A rank that has no
+    part in `comm` has a handle that it must not use.
     """
     # the extension module is loaded already, and a look-up through it also searches the library it was linked with
     library = ctypes.CDLL(MPI.__file__)
     address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
     assert address is not None
-    objects = (MPI.FLOAT, comm) if name == "MPI_Allgather" else (MPI.FLOAT, MPI.SUM, comm)
+    datatype = MPI.FLOAT if wire == "float32" else MPI.UINT16_T
+    objects = (datatype, comm) if name == "MPI_Allgather" else (datatype, MPI.SUM, comm)
     # an int handle with its top bit set comes sign-extended and unsigned
     handles = (MPI._handleof(each) for each in objects)
     return address, tuple(handle - (1 << 64) if handle >> 63 else handle for handle in handles)

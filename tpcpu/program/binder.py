@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tpcpu.kernels import activations, attention, attention_pieces, exchange, kv_cache, messages, taps
 from tpcpu.kernels import record as R
 from tpcpu.parallel.communicator import AllReduce as AllReduceCall
+from tpcpu.parallel.exchanges import HostsRoom, exchange_records, messages_of
 from tpcpu.program.lowering import Joining, Stage, stages
 from tpcpu.program.memory import Buffers, CacheMemory, Place, Records, last_uses, stride_bytes
 from tpcpu.program.operations import (
@@ -56,6 +57,7 @@ class Binder:
         self._interleaved: dict[int, int] = {}
         self._rope_tables: dict[Rope, NDArray[np.float32]] = {}
         self._received = 0
+        self._between_hosts: HostsRoom | None = None
         self._sent = [op.x for op in program.operations if isinstance(op, AllReduce)]
         """Partial sums that go to the other ranks, message by message."""
         products = [op for op in program.operations if isinstance(op, Linear | ShortConv)]
@@ -96,6 +98,8 @@ class Binder:
         if self._program.share.size == 1:
             return Joining.ALONE
         assert self._all_reduce is not None
+        if self._all_reduce.kind == "hosts":
+            return Joining.HOSTS
         return Joining.WINDOW if self._all_reduce.kind in ("window", "local") else Joining.CALL
 
     def _lower(self, stage: Stage) -> None:
@@ -190,11 +194,11 @@ class Binder:
     def _direct(self, out: Buffer) -> int:
         """The window's memory where this rank's partial sums of one token belong; 0 for results of other kinds."""
         call = self._all_reduce
-        if call is None or call.kind != "window" or out not in self._sent or out not in self._multiplied:
+        if call is None or call.kind not in ("window", "hosts") or out not in self._sent:
             return 0
-        if stride_bytes(out.width) > call.half_bytes:
+        if out not in self._multiplied or stride_bytes(out.width) > call.half_bytes:
             return 0
-        half, place = call.place(self._sent.index(out), stride_bytes(out.width))
+        half, place = call.place(self._sent.index(out) * messages_of(call), stride_bytes(out.width))
         return call.own + half * call.half_bytes + place
 
     def _short_conv(self, op: ShortConv, from_copy: bool) -> None:
@@ -291,17 +295,17 @@ class Binder:
                 words.update({R.TOTAL: out.address, R.TOTAL_STRIDE: out.stride, **self._added(add)})
                 self.records.add(activations.add, words)
             return
-        if call.kind == "window":
+        if call.kind in ("window", "hosts"):
             number, direct = self._sent.index(op.x), self._direct(op.x)
-            half, place = call.place(number, stride_bytes(op.x.width))
-            words = {**_between(x, out, op.x.width), R.HALF: half, R.PLACE: place, R.DIRECT: int(direct != 0)}
-            words.update({R.WINDOW: call.table, R.TWO_SHOT: call.two_shot, **self._added(add)})
             if not direct:
                 self.records.wait()
-            fits = stride_bytes(op.x.width) <= call.half_bytes
-            one = exchange.exchange_one if fits else exchange.exchange_many
-            self.records.add([one, exchange.exchange_many, exchange.exchange_many], words)
-            if number + 1 == len(self._sent) and number & 1 == 0:
+            words = {**_between(x, out, op.x.width), R.DIRECT: int(direct != 0), **self._added(add)}
+            stages = exchange_records(call, number, stride_bytes(op.x.width), words, self._hosts_room)
+            for stage, (kernels, words) in enumerate(stages):
+                if stage:
+                    self.records.wait()
+                self.records.add(kernels, words)
+            if call.kind == "window" and number + 1 == len(self._sent) and number & 1 == 0:
                 self.records.wait()
                 self.records.add(exchange.meet, {R.WINDOW: call.table, R.HALF: 1})
             return
@@ -312,14 +316,25 @@ class Binder:
             self.records.add(messages.mpi_all_reduce, words)
             return
         if not self._received:
-            widest = max(op.x.width for op in self._program.operations if isinstance(op, AllReduce))
-            self._received = self.buffers.take(self._program.share.size * self._tokens * stride_bytes(widest))
+            self._received = self.buffers.take(self._program.share.size * self._widest_message())
         words.update({R.RECEIVE: self._received, R.DATATYPE: call.handles[0], R.COMMUNICATOR: call.handles[1]})
         self.records.add(messages.all_gather, words)
         self.records.wait()
         received = Place(self._received, x.stride, 0)
         words = {**_between(received, out, op.x.width), R.PARTS: self._program.share.size}
         self.records.add(activations.sum_parts, words)
+
+    def _widest_message(self) -> int:
+        """Bytes of the partial sums of a batch."""
+        return self._tokens * stride_bytes(max(buffer.width for buffer in self._sent))
+
+    def _hosts_room(self) -> HostsRoom:
+        """Memory for exchanges between hosts, which follow one another."""
+        if self._between_hosts is None:
+            assert self._all_reduce is not None
+            sizes = HostsRoom.sizes(self._all_reduce, self._widest_message())
+            self._between_hosts = HostsRoom(*map(self.buffers.take, sizes))
+        return self._between_hosts
 
     def _added(self, add: Add | None) -> dict[int, int]:
         """What is added to the sum over the ranks."""

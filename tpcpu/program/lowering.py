@@ -39,6 +39,7 @@ class Joining(Enum):
 
     ALONE = "one rank: nothing is done"
     WINDOW = "threads of all ranks wait for those whose features they add, and add slices"
+    HOSTS = "the same inside each host, then between hosts with a wait on either side of the message"
     CALL = "thread 0 calls MPI with the whole message; what comes back is added by slices"
 
 
@@ -107,7 +108,8 @@ def _joins(first: Operation, second: Operation | None, joining: Joining, join: b
             return second.q is first.out
         case AllReduce(), Add():
             # The sum over the ranks, then what is added to it.
-            return join and joining is Joining.WINDOW and second.y is first.out and second.x is not first.out
+            added = second.y is first.out and second.x is not first.out
+            return join and joining in (Joining.WINDOW, Joining.HOSTS) and added
         case Add(), RmsNorm():
             # x + y, then the norm of the sum.
             return join and second.x is first.out
@@ -144,9 +146,12 @@ class _Meetings:
                 case AllReduce() if self._joining is Joining.ALONE:
                     if operation.x in self._by_slices:
                         self._by_slices[operation.out] = self._by_slices[operation.x]
-                case AllReduce() if self._joining is Joining.WINDOW:
+                case AllReduce() if self._joining in (Joining.WINDOW, Joining.HOSTS):
                     # Partial sums of a product lie where they are added; between two exchanges threads meet.
                     waits |= (self._exchanged or self._by_slices.get(operation.x, False)) and self._meet()
+                    if self._joining is Joining.HOSTS:
+                        self._meet()
+                        inner += 2
                     self._write(operation.out, by_slices=True)
                     self._exchanged = True
                 case AllReduce():
