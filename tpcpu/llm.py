@@ -16,6 +16,7 @@ from typing import Literal, Protocol, Self
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.engine.engine import DEFAULT_CHUNK_TOKENS, DEFAULT_MAX_BATCH, DEFAULT_PAGE_TOKENS, Options
 from tpcpu.engine.local import Info, Local, Score
+from tpcpu.engine.pace import Slow
 from tpcpu.engine.progress import Progress
 from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import LaunchError, PromptError, UsageError
@@ -28,7 +29,7 @@ from tpcpu.ranks import Remote
 from tpcpu.sampling import SamplingParams
 from tpcpu.text import Prompt
 
-__all__ = ["LLM", "Chunk", "Completion", "Info", "Score"]
+__all__ = ["LLM", "Chunk", "Completion", "Info", "Score", "Slow"]
 
 
 class Backend(Protocol):
@@ -37,6 +38,8 @@ class Backend(Protocol):
     info: Info
     is_root: bool
 
+    @property
+    def slow_ranks(self) -> list[Slow]: ...
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]: ...
     def generate(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Completion]: ...
     def score(self, texts: Sequence[str], window: int | None) -> list[Score]: ...
@@ -114,6 +117,11 @@ class LLM:
     def info(self) -> Info:
         """What was loaded."""
         return self._backend.info
+
+    @property
+    def slow_ranks(self) -> list[Slow]:
+        """Ranks that the others have been seen to wait for, since the model was loaded; empty on ranks other than 0."""
+        return self._backend.slow_ranks
 
     def generate(
         self,

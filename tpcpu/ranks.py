@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from tpcpu import errors
 from tpcpu.engine.engine import Options
 from tpcpu.engine.local import Info, Local, Score
+from tpcpu.engine.pace import Slow
 from tpcpu.engine.progress import Progress, Silent
 from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import PromptError, RankError, TpcpuError
@@ -99,6 +100,8 @@ class Remote:
         self._progress = progress or Silent()
         self._job: launcher.Job | None = None
         self._number = 0
+        self.slow_ranks: list[Slow] = []
+        """Ranks that the others have been seen to wait for."""
         try:
             self._open(path, options, ranks, all_reduce)
         except BaseException:
@@ -119,10 +122,7 @@ class Remote:
             self._lines = _Lines(self._accept(listener))
         self._send({"path": str(path), "options": asdict(options)})
         while "ready" not in (message := self._receive()):
-            if "say" in message:
-                self._progress.say(message["say"])
-            else:
-                self._progress.advance(*message["advance"])
+            self._progress.advance(*message["advance"])
         self.info = Info(**message["ready"])
 
     def _accept(self, listener: socket.socket) -> socket.socket:
@@ -193,15 +193,19 @@ class Remote:
             self._gone()
 
     def _receive(self) -> _Message:
-        """The next message of the answer to what was sent last. Raises what rank 0 raised."""
+        """The next message of the answer to what was sent last; passes on what rank 0 says. Raises what it raised."""
         assert self._lines is not None
         message = self._lines.receive()
-        while message is not None and message["number"] != self._number:
-            message = self._lines.receive()  # the rest of an answer that was given up
+        while message is not None and (message["number"] != self._number or "say" in message):
+            if "say" in message:
+                self._progress.say(message["say"])
+            message = self._lines.receive()  # what is passed over is the rest of an answer that was given up
         if message is None:
             self._gone()
         if "error" in message:
             raise getattr(errors, message["error"], RankError)(message["message"])
+        if "slow_ranks" in message:
+            self.slow_ranks = [Slow(**each) for each in message["slow_ranks"]]
         return message
 
     def _gone(self) -> NoReturn:
@@ -272,7 +276,7 @@ class _Root:
         self.answer({"error": type(problem).__name__, "message": str(problem)})
 
     def say(self, line: str) -> None:
-        """Progress of loading."""
+        """Progress of loading, and what is to be told of ranks while they work."""
         self.answer({"say": line})
 
     def advance(self, done: int, total: int) -> None:
@@ -297,7 +301,7 @@ class _Root:
         # Whatever the driver sends in the meantime ends these answers.
         answers = model.answers(request["generate"], params, given_up=self._lines.waiting)
         if answers is not None:
-            self.answer({"completions": [asdict(each) for each in answers]})
+            self.answer({"completions": [asdict(each) for each in answers], "slow_ranks": _slow(model)})
 
     def _stream(self, model: Local, request: _Message) -> None:
         for chunk in model.answer(request["stream"], SamplingParams(**request["params"])):
@@ -305,7 +309,12 @@ class _Root:
                 # The driver wants something else, or is gone: `serve` finds out which.
                 return
             completion = None if chunk.completion is None else asdict(chunk.completion)
-            self.answer({"text": chunk.text, "id": chunk.id, "completion": completion})
+            slow = {} if completion is None else {"slow_ranks": _slow(model)}
+            self.answer({"text": chunk.text, "id": chunk.id, "completion": completion, **slow})
+
+
+def _slow(model: Local) -> list[_Message]:
+    return [asdict(each) for each in model.slow_ranks]
 
 
 def main(address: str, all_reduce: AllReduceKind) -> int:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +166,7 @@ class _Measurement:
             "load_gbs": sum(nbytes for _, nbytes, _ in loads) / slowest / 1e9,
             "compile_s": max(seconds for *_, seconds in loads),
             "peak_rss_gb": sum(communicator.all_gather_object(self._memory.nbytes)) / 1e9,
+            "slow_ranks": [asdict(each) for each in engine.slow_ranks],
             "runs": runs,
         }
         result |= {key: float(np.median(values)) for key, values in found.items() if key not in result}

@@ -4,6 +4,7 @@ Knows flags and streams. The model is `tpcpu.LLM`.
 """
 
 import argparse
+import dataclasses
 from typing import Any
 
 from tpcpu.cli.flags import model_flags, positive, sampling_flags, sampling_params, speculation_flag
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
             "ttft_ms": completion.ttft_ms,
             "decode_tokens_per_s": completion.decode_tokens_per_s,
         }
+        if llm.info.ranks > 1:
+            result["slow_ranks"] = [dataclasses.asdict(each) for each in llm.slow_ranks]
         for name in ("logprobs", "top_logits"):
             if (value := getattr(completion, name)) is not None:
                 result[name] = value

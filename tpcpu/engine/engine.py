@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.engine import room
 from tpcpu.engine.cache import Cache, Layout
+from tpcpu.engine.pace import Pace, Slow
 from tpcpu.engine.progress import Progress, Silent
 from tpcpu.engine.source import Folder, Source
 from tpcpu.engine.speculation import MOST_DRAFTED
@@ -43,6 +44,9 @@ MOST_WANTED_BYTES = 64 << 20
 
 _MESSAGE = 256
 """int32 words that every step's message has; a longer one is followed by its rest."""
+
+_LOOK = -1
+"""In the place of a message's length: no batch follows, every rank tells how long it has waited."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,8 @@ class Engine:
             tokens=self.chunk_tokens, wanted=self.most_wanted, report=self.progress.say,
         )  # fmt: skip
         self._report_locality()
+        hosts = [communicator.hosts[host] for host in communicator.host_of]
+        self._pace = Pace(hosts, communicator.all_gather_object(self.weight_bytes))
 
     def _make_room(self, options: Options) -> None:
         """The cache, as large as was asked for, or as memory allows beside the weights."""
@@ -208,19 +214,45 @@ class Engine:
             if self._machine_nodes > 1 or each.startswith("warning"):
                 self.progress.say(each)
 
+    @property
+    def slow_ranks(self) -> list[Slow]:
+        """Those that the others have been seen to wait for, on rank 0."""
+        return list(self._pace.found.values())
+
     # Steps
 
     def step(self, batch: Batch) -> list[Candidates]:
         """Rank 0: runs a batch on all ranks; the candidates for each wanted token."""
+        if self.communicator.size == 1:
+            return self._run(batch)
+        begin = time.perf_counter()
         self._send(batch.message)
-        return self._run(batch)
+        candidates = self._run(batch)
+        if self._pace.is_due(time.perf_counter() - begin):
+            self._look()
+        return candidates
+
+    def _look(self) -> None:
+        """Whether a rank is slower than the others."""
+        self._send(np.full(1, _LOOK, np.int32))
+        if line := self._pace.judge(self._hand_in_waits() or []):
+            self.progress.say(line)
+
+    def _hand_in_waits(self) -> list[tuple[int, int]] | None:
+        """What every rank has waited and walked, on rank 0."""
+        assert self.team is not None
+        parts = self.communicator.gather(np.array([self.team.waited]), [1] * self.communicator.size)
+        return None if parts is None else [(int(part[0, 0]), int(part[0, 1])) for part in parts]
 
     def follow(self) -> None:
         """The other ranks: run what rank 0 sends, until it releases them."""
         assert self.team is not None
         with self.team.placed():
             while (message := self._receive()) is not None:
-                self._run(Batch.read(message))
+                if message[0] == _LOOK:
+                    self._hand_in_waits()
+                else:
+                    self._run(Batch.read(message))
 
     def release(self) -> None:
         """Rank 0: lets the others leave `follow`."""

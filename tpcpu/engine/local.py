@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tpcpu.engine import generation
 from tpcpu.engine.engine import Engine, Options
+from tpcpu.engine.pace import Slow
 from tpcpu.engine.progress import Progress
 from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import RankError, TpcpuError
@@ -73,6 +74,11 @@ class Local:
             has_chat_template=communicator.broadcast_object(tokenizer is not None and tokenizer.has_chat_template),
             weight_bytes=communicator.all_gather_object(self._engine.weight_bytes),
         )
+
+    @property
+    def slow_ranks(self) -> list[Slow]:
+        """On rank 0: ranks that the others have been seen to wait for."""
+        return self._engine.slow_ranks
 
     def follow(self) -> None:
         """Ranks other than 0: run what rank 0 sends until it releases them."""

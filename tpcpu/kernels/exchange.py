@@ -26,12 +26,12 @@ from tpcpu.kernels import record as R
 from tpcpu.kernels import window_layout as W
 from tpcpu.kernels.compile import helper, kernel
 from tpcpu.kernels.isa import selected
-from tpcpu.kernels.memory import load_i64, store_i64
+from tpcpu.kernels.memory import cycles, load_i64, store_i64
 from tpcpu.kernels.record import BLOCK
 from tpcpu.kernels.shares import HELPED
 from tpcpu.kernels.simd import vectors as v
 from tpcpu.kernels.team import post_at, wait_at
-from tpcpu.kernels.team_layout import SPINS
+from tpcpu.kernels.team_layout import SPINS, WAITED
 
 LANES = v.LANES
 ROWS = selected().panel_rows
@@ -64,6 +64,13 @@ def _begin(record, table, thread, uses):
 def _post(table, thread, number, team):
     line = _word(_entry(table, _word(table, W.RANK)), W.LINES) + thread * W.LINE
     post_at(line, number, team, line + W.WAITERS)
+
+
+@helper
+def note_wait(team, thread, begin):
+    """For thread 0, which stands for its rank: how long it has waited for the others since `begin`."""
+    if thread == 0:
+        store_i64(team + WAITED, load_i64(team + WAITED) + cycles() - begin)
 
 
 @helper
@@ -159,6 +166,7 @@ def exchange_one(record, thread, threads):
     first, last = blocks * thread // threads * BLOCK, min(blocks * (thread + 1) // threads * BLOCK, width)
     if first >= last:
         return
+    began = cycles()
     for other in range(_word(table, W.RANKS)):
         theirs = _word(_entry(table, other), W.THREADS)
         earliest = first // ROWS * theirs // panels
@@ -169,6 +177,7 @@ def exchange_one(record, thread, threads):
         wrapped = max(theirs - max(HELPED - earliest, 0), latest + 1)
         if not _await(table, other, wrapped, theirs - 1, number, team):
             return
+    note_wait(team, thread, began)
     residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
     own = _word(_entry(table, rank), W.PART) + at if _word(record, R.DIRECT) else _word(record, R.IN)
     _sum(
@@ -252,13 +261,15 @@ def _owner(block, blocks, threads):
 
 
 @helper
-def _in_one_shot(record, table, number, team, begin, low, high, first, last, piece, at):
+def _in_one_shot(record, table, thread, number, team, begin, low, high, first, last, piece, at):
     """One piece, whatever the other ranks' threads; this one adds blocks `first` to `last` of a whole piece's."""
+    began = cycles()
     for other in range(_word(table, W.RANKS)):
         theirs = _word(_entry(table, other), W.THREADS)
         earliest, latest = _owner(first, piece, theirs), _owner(last - 1, piece, theirs)
         if not _await(table, other, earliest, latest, number, team):
             return False
+    note_wait(team, thread, began)
     _collect(record, table, begin, low, high, at)
     return True
 
@@ -268,9 +279,11 @@ def _in_two_shots(record, table, thread, number, team, begin, low, high, at):
     """One piece where thread t needs only threads t: each rank adds a share of it and gives it to the others."""
     ranks, rank = _word(table, W.RANKS), _word(table, W.RANK)
     count = high - low
+    began = cycles()
     for other in range(ranks):
         if not _await(table, other, thread, thread, number, team):
             return False
+    note_wait(team, thread, began)
     mine, stop = low + count * rank // ranks, low + count * (rank + 1) // ranks
     place = at + 4 * BLOCK * (mine - begin)
     # To where this rank's own part lay, which nobody else reads.
@@ -315,7 +328,7 @@ def exchange_many(record, thread, threads):
         if two:
             going = _in_two_shots(record, table, thread, number + 1, team, begin, low, high, at)
         elif first < last:
-            going = _in_one_shot(record, table, number + 1, team, begin, low, high, first, last, piece, at)
+            going = _in_one_shot(record, table, thread, number + 1, team, begin, low, high, first, last, piece, at)
         if not going:
             return
         number += posts

@@ -17,8 +17,8 @@ Knows the window's table and how a C function is called; must not know MPI beyon
 from tpcpu.kernels import record as R
 from tpcpu.kernels import window_layout as W
 from tpcpu.kernels.compile import helper, kernel
-from tpcpu.kernels.exchange import LANES, PIECE_BYTES, _await, _begin, _deliver, _entry, _place, _post, _word
-from tpcpu.kernels.memory import call_c, store_i64
+from tpcpu.kernels.exchange import LANES, PIECE_BYTES, _await, _begin, _deliver, _entry, _place, _post, _word, note_wait
+from tpcpu.kernels.memory import call_c, cycles, store_i64
 from tpcpu.kernels.record import BLOCK
 from tpcpu.kernels.simd import vectors as v
 
@@ -60,11 +60,13 @@ def gather_slices(record, thread, _threads):
         count = (blocks * (part + 1) // parts - begin) * BLOCK
         if count:
             source = _word(record, R.ROUNDED) if _word(record, R.IS_ROUNDED) else _word(record, R.SUMS)
-            datatype = _word(record, R.WIRE_DATATYPE)
+            datatype, team = _word(record, R.WIRE_DATATYPE), _word(_word(record, R.STEP), R.TEAM)
+            began = cycles()
             status = call_c(
                 _word(record, R.WIRE_FUNCTION), source + _bytes(record) * BLOCK * begin, count, datatype,
                 _word(record, R.RECEIVED), count, datatype, _word(record, R.WIRE_COMMUNICATOR),
             )  # fmt: skip
+            note_wait(team, 0, began)
             store_i64(record + 8 * R.STATUS, status)
 
 
@@ -110,9 +112,11 @@ def share_slices(record, thread, threads):
             _sum_hosts(record, begin, first, last, stop, own + 4 * BLOCK * (first - low))
         number += 1
         _post(table, thread, number, team)
+        began = cycles()
         for other in range(_word(table, W.RANKS)):
             if not _await(table, other, 0, _word(_entry(table, other), W.THREADS) - 1, number, team):
                 return
+        note_wait(team, thread, began)
         first, last = low + (high - low) * thread // threads, low + (high - low) * (thread + 1) // threads
         for other in range(parts):
             theirs, until = max(first, blocks * other // parts), min(last, blocks * (other + 1) // parts)

@@ -35,6 +35,7 @@ from tpcpu.kernels.team_layout import (
     TICKET,
     TIMEOUT,
     TRACE,
+    WALKED,
     YIELDS,
 )
 
@@ -174,8 +175,10 @@ def run(team, records, count):
     """
     store_i64(team + JOB, records)
     store_i64(team + RECORD_COUNT, count)
+    begin = cycles()
     post(team + TICKET, load_acquire(team + TICKET) + 1, team)
     _walk_job(team, 0)
+    store_i64(team + WALKED, load_i64(team + WALKED) + cycles() - begin)
 
 
 @kernel("team-work")

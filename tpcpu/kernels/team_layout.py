@@ -28,7 +28,11 @@ FUTEX_CALL = 5 * LINE + 32
 """the number of the futex system call,"""
 TIMEOUT = 5 * LINE + 40
 """and its longest sleep: a timespec of two words."""
-ARRIVALS = 6 * LINE
+WALKED = 6 * LINE
+"""Cycles that thread 0 has spent in jobs,"""
+WAITED = 6 * LINE + 8
+"""and, of these, in waiting for other ranks to bring their part of a sum."""
+ARRIVALS = 7 * LINE
 """From here one line a thread: the last barrier it has reached,"""
 PUBLISHED = 8
 """and, so many bytes behind, the last product of which it has published its part."""

@@ -71,6 +71,11 @@ class Team:
             worker.start()
         atexit.register(_close, weakref.ref(self))
 
+    @property
+    def waited(self) -> tuple[int, int]:
+        """Cycles that thread 0 has waited for other ranks so far, and those of all its walks."""
+        return int(self._words[layout.WAITED // 8]), int(self._words[layout.WALKED // 8])
+
     def run(self, records: NDArray[np.int64]) -> None:
         """Walks the records (count, RECORD_WORDS); the last must end with a barrier."""
         self.walk(records.ctypes.data, len(records))
