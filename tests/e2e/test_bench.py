@@ -14,8 +14,8 @@ KEYS = set(
     "model ranks threads_per_rank isa arithmetic weight_bytes_per_token weight_bytes_per_rank bits_per_nf4_weight "
     "read_bandwidth_gbs prefill_tokens_per_s prefill_gops int8_peak_gops fma_peak_gflops arithmetic_fraction "
     "decode_tokens_per_s decode_ms_per_token bandwidth_fraction time_share load_s load_gbs compile_s peak_rss_gb "
-    "runs prompt_tokens new_tokens batch prefill_time_share prefill_attention_gflops prefill_attention_fraction "
-    "prefill_outside_attention_tokens_per_s".split()
+    "runs slow_ranks prompt_tokens new_tokens batch prefill_time_share prefill_attention_gflops "
+    "prefill_attention_fraction prefill_outside_attention_tokens_per_s".split()
 )
 SHORT = ("--prompt-tokens", "8", "--new-tokens", "8", "--runs", "2", "--json")
 
