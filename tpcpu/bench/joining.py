@@ -1,4 +1,4 @@
-"""What joining a vector over the ranks costs: through shared memory, and by the MPI library's own all-reduce.
+"""What joining a vector over the ranks costs: through shared memory, with messages between hosts, and by MPI's own way.
 
 Both are called from compiled code, from a private vector to a private sum, the two in turn. Collective.
 """
@@ -23,10 +23,10 @@ def all_reduce_times(communicator: Communicator, team: Team, nbytes: int) -> dic
     if communicator.size == 1:
         raise UsageError(f"--all-reduce {nbytes} measures what joins ranks; it needs --ranks 2 or more")
     window = communicator.all_reduce(team)
-    if window.kind != "window":
+    if window.kind not in ("window", "hosts"):
         raise UsageError(
             f"--all-reduce {nbytes} compares shared memory with MPI_Allreduce, but these ranks share no memory; "
-            f"start them on one host"
+            f"let the ranks of each host share /dev/shm"
         )
     count = max(min(_MESSAGES, _BATCH_BYTES // nbytes), _LEAST_MESSAGES) // 2 * 2
     plain = connect("mpi")
