@@ -18,8 +18,8 @@ from tpcpu.kernels import record as R
 
 ROOT = Path(__file__).parents[2]
 
-COLD_SECONDS = 180
-"""Of a core: what starting with nothing compiled may take, all that Llama and Yuan need in NF4. It took 60 to 96."""
+COLD_SECONDS = 90
+"""Of a core: what starting with nothing compiled may take, with all that Yuan needs in NF4."""
 
 FIRST_STEP = """
 import json, time
@@ -39,16 +39,14 @@ def compile_one(kernel):
     inner(kernel)
 compiling.Kernel._compile = compile_one
 logits = []
-for name in ("llama-tiny", "yuan-tiny"):
-    for exact in (False, True):
-        engine = Engine(f"tests/data/{name}", Solo(), Options(format="nf4", exact=exact, threads=2), Told())
-        sequence = engine.cache.begin()
-        engine.cache.reserve(sequence, 12)
-        for tokens, position in (([1, 2, 3], 0), ([4], 3), ([5, 6], 4)):
-            part = (tokens, position, sequence.state, sequence.pages)
-            batch = Batch.build([part], [len(tokens) - 1], candidates=0, vocabulary=9999)
-            logits.append(engine.step(batch)[0].logits)
-        engine.close()
+engine = Engine("tests/data/yuan-tiny", Solo(), Options(format="nf4", threads=2), Told())
+sequence = engine.cache.begin()
+engine.cache.reserve(sequence, 12)
+for tokens, position in (([1, 2, 3], 0), ([4], 3), ([5, 6], 4)):
+    part = (tokens, position, sequence.state, sequence.pages)
+    batch = Batch.build([part], [len(tokens) - 1], candidates=0, vocabulary=9999)
+    logits.append(engine.step(batch)[0].logits)
+engine.close()
 print(json.dumps({
     "seconds": time.process_time(), "lines": Told.lines, "compiled": compiled,
     "logits": np.concatenate(logits).tobytes().hex(),
@@ -57,7 +55,7 @@ print(json.dumps({
 
 
 def start(folder, script=FIRST_STEP):
-    """A process that loads both models and runs a few steps, or another script, with its kernels in `folder`."""
+    """A process that loads a model and runs a few steps, or another script, with its kernels in `folder`."""
     environment = {**os.environ, "TPCPU_CACHE_DIR": str(folder)}
     command = [sys.executable, "-c", script]
     return subprocess.Popen(
@@ -82,32 +80,44 @@ def contents(folder):
     return found
 
 
-def test_processes_share_what_one_of_them_compiled(tmp_path):
+@pytest.fixture(scope="module")
+def first_starts(tmp_path_factory):
+    """A folder that two processes have filled at the same time, and what they found."""
+    folder = tmp_path_factory.mktemp("kernels")
+    first, second = [start(folder), start(folder)]
+    return folder, [finish(first), finish(second)]
+
+
+def test_processes_share_what_one_of_them_compiled(first_starts):
     """Two first starts at once, then a third process that finds everything: all with the same logits."""
-    first, second = [start(tmp_path), start(tmp_path)]
-    results = [finish(first), finish(second)]
+    folder, results = first_starts
     assert sum(result["seconds"] for result in results) < COLD_SECONDS
     assert all(any("compiling" in line for line in result["lines"]) for result in results)
     names = [name for result in results for name in result["compiled"]]
-    assert len(names) == len(set(names)) > 20, "each kernel was compiled once"
-    filled = contents(tmp_path)
+    assert len(names) == len(set(names)) > 15, "each kernel was compiled once"
+    filled = contents(folder)
     assert any(name.endswith(".nbc") for name in filled)
-    third = finish(start(tmp_path))
+    third = finish(start(folder))
     assert not any("compil" in line for line in third["lines"])
     assert not third["compiled"]
-    assert contents(tmp_path) == filled
+    assert contents(folder) == filled
     assert len({result["logits"] for result in (*results, third)}) == 1
 
 
-def test_a_command_that_finds_the_kernels_compiles_nothing(tmp_path):
+def test_a_command_that_finds_the_kernels_compiles_nothing(first_starts):
     """Seen by the compiler itself, whatever is told: no function is lowered, and no file of the cache is touched."""
-    results = [finish(start(tmp_path, GENERATE)) for _ in range(2)]
-    filled = contents(tmp_path)
-    assert results[0]["lowered"] > 20
-    again = finish(start(tmp_path, GENERATE))
+    folder, _ = first_starts
+    lost = [path for path in folder.rglob("*") if "rms" in path.name]
+    assert len(lost) >= 3, "a marker, an index, and code"
+    for path in lost:
+        path.unlink()
+    results = [finish(start(folder, GENERATE)) for _ in range(2)]
+    filled = contents(folder)
+    assert results[0]["lowered"] > 1
+    again = finish(start(folder, GENERATE))
     assert results[1]["lowered"] == again["lowered"] == 0
     assert results[0]["text"] == results[1]["text"] == again["text"]
-    assert contents(tmp_path) == filled
+    assert contents(folder) == filled
 
 
 GENERATE = """
