@@ -8,12 +8,12 @@ set -euo pipefail
 # tier, its budget in seconds on two cores, and the limit after which it is ended and counts as failed
 TIERS="
 lint       120  360
-unit        60  240
-property    60  240
-kernels    300  900
+unit        60  360
+property    60  360
+kernels    300 1500
 models     360  720
 mpi        240  960
-e2e        300  720
+e2e        300 1200
 full      1800 3600
 "
 MPI_SIZES="1 2 3 4"
