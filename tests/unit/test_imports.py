@@ -23,7 +23,7 @@ ROWS = (
     {"program"},
     {"models"},
     {"engine"},
-    {"ranks", "bench"},
+    {"ranks", "bench", "batch"},
     {"llm", "quantize"},
     {"cli", "server"},
     {"__main__"},

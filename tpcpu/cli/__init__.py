@@ -1,7 +1,8 @@
 """The command line: `tpcpu COMMAND`, one file per command in this folder.
 
 A command is a module with `add_parser(subparsers)` and `run(args) -> int` (the exit code). This file chooses the
-module, and turns what went wrong into one line and an exit code: 0; 1 a failure; 2 a user's mistake; 130 Ctrl-C.
+module, and turns what went wrong into one line and an exit code: 0; 1 a failure; 2 a user's mistake; 75 stopped by a
+signal, to be run again (batch); 130 Ctrl-C.
 It knows no model and no rank. Only the named command's module is imported, and a command imports what is heavy
 (kernels, MPI) inside `run`: help and usage errors come at once.
 """
@@ -16,7 +17,7 @@ from typing import NoReturn
 from tpcpu.cli.output import is_speaker, print_error, silence_stdout
 from tpcpu.errors import TpcpuError, UsageError, UserError
 
-COMMANDS = ("quantize", "inspect", "explain", "generate", "chat", "eval", "bench")
+COMMANDS = ("quantize", "inspect", "explain", "generate", "chat", "batch", "eval", "bench")
 
 EXIT_INTERRUPTED = 130
 

@@ -80,6 +80,17 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
     run.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
 
 
+def fault_flag(parser: argparse._ActionsContainer) -> None:
+    """Adds the flag of commands that have to notice the end of other processes."""
+    parser.add_argument(
+        "--fault-timeout",
+        type=seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds within which ranks that hang, or outlive their launcher, are noticed and ended (default: 10)",
+    )
+
+
 def speculation_flag(parser: argparse.ArgumentParser) -> None:
     """Adds the flag of commands that answer: how they go about it changes no answer."""
     parser.add_argument(
@@ -123,6 +134,17 @@ def positive(text: str) -> int:
     value = int(text) if text.lstrip("+-").isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of seconds")
     return value
 
 

@@ -1,10 +1,11 @@
 """How far a slow phase is, on standard error: a bar on a terminal, a line every few seconds in a log.
 
-Knows bytes, time and the terminal; not what is being done.
+Knows bytes and answers, time and the terminal; not what is being done.
 """
 
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from tpcpu.cli.output import Output
@@ -68,3 +69,45 @@ class ByteProgress:
             self._bar.add_task("", total=total)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done)
+
+
+class AnswerProgress(AbstractContextManager["AnswerProgress"]):
+    """Shows answers done of all there are, tokens a second and the time left."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._began = self._told = time.monotonic()
+        self._before: int | None = None
+        self._bar: Progress | None = None
+
+    def show(self, done: int, total: int, tokens: int) -> None:
+        """To be called as the work goes on. `tokens` are those of this run."""
+        now = time.monotonic()
+        if self._before is None:
+            self._before = done
+        if not self._output.speaks:
+            return
+        speed = f"{tokens / (now - self._began):.0f} tokens/s"
+        if sys.stderr.isatty():
+            self._show_bar(done, total, speed)
+        elif now - self._told >= LINE_SECONDS:
+            self._told = now
+            rate = (done - self._before) / (now - self._began)
+            left = f", {(total - done) / rate:.0f} s left" if rate else ""
+            self._output.note(f"answers: {done} of {total}, {speed}{left}")
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show_bar(self, done: int, total: int, speed: str) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("answers", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar.add_task("", total=total, completed=done, speed=speed)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, speed=speed)

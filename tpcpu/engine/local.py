@@ -14,6 +14,7 @@ from tpcpu.engine.engine import Engine, Options
 from tpcpu.engine.pace import Slow
 from tpcpu.engine.progress import Progress
 from tpcpu.engine.requests import Chunk, Completion
+from tpcpu.engine.scheduler import Scheduler
 from tpcpu.errors import RankError, TpcpuError
 from tpcpu.parallel.communicator import Communicator
 from tpcpu.sampling import SamplingParams
@@ -111,6 +112,16 @@ class Local:
         ids = self._tokenizer.encode(text)[:window]
         losses = self._generator.score(ids)
         return Score(sum(losses), len(losses))
+
+    def together(self, work: Callable[[Scheduler, Tokenizer], T]) -> T:
+        """Rank 0 works with the scheduler while the others follow; all have the result, or all raise. Collective."""
+
+        def on_root() -> T:
+            assert self._tokenizer is not None
+            assert self._generator is not None
+            return work(self._generator.scheduler, self._tokenizer)
+
+        return self._together(on_root)
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
         if self._communicator.size == 1:

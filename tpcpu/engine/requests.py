@@ -68,9 +68,13 @@ class Request:
     """`tokens` are those of prompt and answer. `sequence` is what the cache has of them while the request runs."""
 
     def __init__(
-        self, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokens, context: int, speculate: int
-    ) -> None:
-        """`speculate`: the most tokens that are drafted at a time."""
+        self, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokens, context: int, speculate: int,
+        answered: Sequence[Sampled] = (),
+    ) -> None:  # fmt: skip
+        """`speculate`: the most tokens that are drafted at a time. `answered`: what an earlier run chose, in order.
+
+        With these it goes on as if nothing had happened, given the same params and seed. It may be finished at once.
+        """
         self.tokens = list(prompt_ids)
         self.sequence: Cached | None = None
         self.sampler = Sampler(params, tokenizer.size)
@@ -85,11 +89,21 @@ class Request:
         self._text: list[str] = []
         self._sampled: list[Sampled] = []
         self._began, self._first = time.perf_counter(), 0.0
+        for sampled in answered:
+            if self.finished:
+                break
+            self.sampler.step += 1
+            self._add(sampled)
 
     @property
     def finished(self) -> bool:
         """Whether there will be no more tokens."""
         return self.completion is not None or self.error is not None
+
+    @property
+    def answered(self) -> Sequence[Sampled]:
+        """The tokens chosen so far, with what the request asked for beside them."""
+        return self._sampled
 
     @property
     def room(self) -> int:
@@ -104,9 +118,12 @@ class Request:
         sampled = self.sampler.sample(candidates.ids, candidates.logits, self.tokens)
         if not self._first:
             self._first = time.perf_counter()
-        chosen = sampled.id
-        if chosen in self._stops:
+        if sampled.id in self._stops:
             return [self._finish("stop")]
+        return self._add(sampled)
+
+    def _add(self, sampled: Sampled) -> list[Chunk]:
+        chosen = sampled.id
         self._sampled.append(sampled)
         self.tokens.append(chosen)
         text = self._detokenizer.push(chosen)

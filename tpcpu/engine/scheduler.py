@@ -19,7 +19,7 @@ from tpcpu.engine.requests import Chunk, Request, Tokens
 from tpcpu.errors import PromptError, TpcpuError
 from tpcpu.program.batch import Batch
 from tpcpu.program.binder import FEW_TOKENS
-from tpcpu.sampling import SamplingParams
+from tpcpu.sampling import Sampled, SamplingParams
 
 Work = tuple[Request, Sequence[int], int]
 """A request, the tokens of it in a step, and behind how many of these, the last ones, a token may be chosen."""
@@ -66,13 +66,18 @@ class Scheduler:
                 f"shorten it, or raise --context where the model has more"
             )
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
-        """A request that steps from now on work on, when its turn comes. Raises PromptError."""
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, answered: Sequence[Sampled] = ()) -> Request:
+        """A request that steps from now on work on, when its turn comes. Raises PromptError.
+
+        `answered`: tokens of the answer that are known from an earlier run; they may have finished it.
+        """
         self._tidy()
         self.check_prompt(prompt_ids)
-        request = Request(prompt_ids, params, self._tokenizer, self._engine.context, self._engine.speculate)
-        self._waiting.append(request)
-        self._steady = None
+        engine = self._engine
+        request = Request(prompt_ids, params, self._tokenizer, engine.context, engine.speculate, answered)
+        if not request.finished:
+            self._waiting.append(request)
+            self._steady = None
         return request
 
     def cancel(self, request: Request) -> None:
