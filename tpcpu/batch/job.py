@@ -1,7 +1,7 @@
 """Which job this is: what decides the answers, in a form that an earlier run's journal can be compared with.
 
-Ranks, threads, chunks, pages and company change no answer, or only the order of float sums, so they are not in it. Knows
-files of a model by name; nothing of tensors.
+Ranks, threads, chunks, pages and company change no answer, or only the order of float sums, so they are not in it.
+Knows files of a model by name; nothing of tensors.
 """
 
 import hashlib

@@ -36,9 +36,9 @@ class Content:
     header: Mapping[str, Any] | None = None
     begun: dict[int, Begun] = field(default_factory=dict)
     """By number of line."""
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[Any, Any] = field(default_factory=dict)
     """Bytes of the other files that were on disk, at least."""
-    end: Mapping[str, Any] | None = None
+    end: Mapping[Any, Any] | None = None
     """Said when all was done."""
 
 

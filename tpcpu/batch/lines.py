@@ -122,18 +122,15 @@ def _unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise _LineError(f"body: found {_kind(body)}, expected an object")
     for wanted in _URLS.values():
         if (wanted in body) != (wanted == _URLS[url]):
-            raise _LineError(
-                f"body: {url} takes {_URLS[url]}, and no {'messages' if 'prompt' in _URLS[url] else 'prompt'}"
-            )
+            raise _LineError(f"body: {url} takes {_URLS[url]} and nothing in its place")
     return body
 
 
 def _prompt(body: Mapping[str, Any]) -> Prompt:
     _refuse_unknown(body, _BODY)
     if ("prompt" in body) == ("messages" in body):
-        raise _LineError(
-            "expected one of prompt and messages" + (", found both" if "prompt" in body else ", found neither")
-        )
+        found = "both" if "prompt" in body else "neither"
+        raise _LineError(f"expected one of prompt and messages, found {found}")
     if "messages" in body:
         messages = body["messages"]
         if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):

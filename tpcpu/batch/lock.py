@@ -28,9 +28,7 @@ class Lock:
             if time.monotonic() >= deadline:
                 holder = _read(path) or "another process"
                 waited = f" (waited {seconds:g} s)" if seconds else ""
-                raise OutputError(
-                    f"{what} is being written by {holder}{waited}; wait for it to finish, or end it first"
-                )
+                raise OutputError(f"{what} is being written by {holder}{waited}; wait for its end, or end it")
             time.sleep(_PAUSE)
 
     def _taken(self) -> bool:

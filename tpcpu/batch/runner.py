@@ -93,7 +93,7 @@ class Runner:
         self.outcome = Outcome(resumed=store.answers + store.problems)
 
     def run(self) -> Outcome:
-        """Until all lines are done, or `stop` says so. Raises OutputError and NoRoomError; what is safe then stays so."""
+        """Until all lines are done, or `stop` says so. Raises OutputError and NoRoomError; what is safe stays so."""
         outcome, scheduler = self.outcome, self._scheduler
         began = self._committed = time.perf_counter()
         try:

@@ -27,10 +27,7 @@ class Source:
             self._file = open(path, "rb")  # noqa: SIM115  kept open: the name may come to mean another file
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise UsageError(f"--input {path}: is no regular file; a restart could not read it again")
-            self.lines = self.last = 0
-            for number, line in self._read():
-                self.lines += 1
-                self.last = number
+            self.lines = sum(1 for _ in self._read())
         except OSError as error:
             raise UsageError(f"--input {path}: cannot be read: {error.strerror}") from None
         self.digest = self._digest
