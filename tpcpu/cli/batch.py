@@ -52,6 +52,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    stop = Stop()
+    try:
+        with stop.raising():
+            return _run_or_start(args, stop)
+    except Stopped:
+        return EXIT_STOPPED
+
+
+def _run_or_start(args: argparse.Namespace, stop: Stop) -> int:
     from tpcpu.parallel import launcher
     from tpcpu.parallel.topology import Topology
 
@@ -60,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
         ranks = Topology.detect().default_ranks() if args.ranks == "auto" else args.ranks
         if ranks > 1:
             return _start(args, ranks)
-    stop = Stop()
-    try:
-        return _answer(args, params, stop)
-    except Stopped:
-        return EXIT_STOPPED
+    return _answer(args, params, stop)
 
 
 def _start(args: argparse.Namespace, ranks: int) -> int:
