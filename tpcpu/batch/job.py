@@ -33,6 +33,7 @@ def describe(checkpoint: Checkpoint, digest: str, options: Options, defaults: Sa
             "format": options.format,
             "lm_head": options.lm_head,
             "exact": options.exact,
+            "wire": options.wire,
             "kv_cache": options.kv_cache or ("float32" if options.exact else "bf16"),
             **_plain(asdict(defaults)),
         },
