@@ -79,6 +79,29 @@ def test_all_gather(communicator: Communicator, shape: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(stacked[rank], pattern(shape, np.float32, seed=rank))
 
 
+def test_exchange_in_order_and_in_pieces(communicator: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pair of ranks in both directions: a small array, one longer than a message may be, and one of nothing."""
+    if communicator.size > 1:
+        from tpcpu.parallel import mpi
+
+        monkeypatch.setattr(mpi, "MESSAGE_BYTES", 1000)
+    own, others = communicator.rank, [rank for rank in range(communicator.size) if rank != communicator.rank]
+
+    def arrays(sender: int, receiver: int) -> list[np.ndarray[Any, Any]]:
+        few = pattern((3,), np.int64, seed=10 * sender + receiver)
+        return [few, pattern((5, 401), np.uint8, seed=sender), np.zeros((0, 4), np.float32)]
+
+    out = {rank: [np.zeros_like(array) for array in arrays(rank, own)] for rank in others}
+    communicator.exchange(
+        [(rank, array) for rank in others for array in arrays(own, rank)],
+        [(rank, array) for rank in others for array in out[rank]],
+    )
+    for rank in others:
+        for found, expected in zip(out[rank], arrays(rank, own), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    communicator.exchange([], [])
+
+
 def test_objects(communicator: Communicator) -> None:
     assert communicator.broadcast_object({"stop": [1, 2]} if communicator.is_root else None) == {"stop": [1, 2]}
     own = "é" * (1000 * communicator.rank)

@@ -94,6 +94,16 @@ class Checkpoint:
         """Whether `array` gives the file's own pages, which can be dropped and come back; else it gives a copy."""
         return self._owners[self[name].name].is_mapped(self.tensors[name])
 
+    def place(self, name: str) -> tuple[Path, int] | None:
+        """The file of the tensor and where in it the tensor begins; None where its values do not lie together."""
+        offset = self._owners[self[name].name].offset(self.tensors[name])
+        return None if offset is None else (self.tensors[name].file, offset)
+
+    def expect_scattered_reads(self, scattered: bool) -> None:
+        """Whether little is read through `array`, here and there: the system then reads nothing around it."""
+        for name, tensor in self.tensors.items():
+            self._advise(name, 0, tensor.nbytes, mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL)
+
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of the tensor's bytes `start` to `stop` back. Views stay valid: they are read again."""
         self._advise(name, start, stop, mmap.MADV_DONTNEED)

@@ -57,6 +57,10 @@ class MappedFile:
         """Whether `array` is a view of the file's pages."""
         return True
 
+    def offset(self, tensor: StoredTensor) -> int | None:
+        """Where in the file the tensor begins."""
+        return self.header.offsets[tensor.name]
+
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
         """Advice for the bytes `start` to `stop` of the tensor."""
         if self._map is not None and stop > start:

@@ -6,6 +6,7 @@ format, from before torch 1.6, cannot be mapped and are refused.
 Knows torch's files. Knows nothing of folders.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._loaded = _load(path)
+        self._mappings: list[tuple[int, int, int]] | None = None
         self.tensors = tuple(
             StoredTensor(name, _DTYPES[str(t.dtype)], tuple(t.shape), t.numel() * t.element_size(), path)
             for name, t in self._loaded.items()
@@ -49,6 +51,19 @@ class TorchFile:
         """Whether `array` is a view of the file's pages."""
         return bool(self._loaded[tensor.name].is_contiguous())
 
+    def offset(self, tensor: StoredTensor) -> int | None:
+        """Where in the file the tensor begins; None where its values do not lie together.
+
+        Torch keeps that to itself, but the tensor is a view of the mapped file, and the kernel tells what is mapped.
+        """
+        stored = self._loaded[tensor.name]
+        if not stored.is_contiguous():
+            return None
+        if self._mappings is None:
+            self._mappings = _mappings(self.path)
+        address = stored.data_ptr()
+        return next((at + address - start for start, stop, at in self._mappings if start <= address < stop), None)
+
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
         """Advice for the bytes `start` to `stop` of the tensor. The mapping is private, but nobody writes to it."""
         stored = self._loaded[tensor.name]
@@ -58,6 +73,18 @@ class TorchFile:
     def close(self) -> None:
         """Let go of the file; its pages go with the last view."""
         self._loaded = {}
+
+
+def _mappings(path: Path) -> list[tuple[int, int, int]]:
+    """Addresses, from and to, where this process has the file mapped, and the place in the file of the first."""
+    status = path.stat()
+    device, found = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, offset, dev, inode = line.split(maxsplit=5)[:5]
+        if int(inode) == status.st_ino and dev == device:
+            first, last = span.split("-")
+            found.append((int(first, 16), int(last, 16), int(offset, 16)))
+    return found
 
 
 def _torch() -> Any:

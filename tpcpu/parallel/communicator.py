@@ -131,6 +131,15 @@ class Communicator(ABC):
         """The arrays of all ranks, of one shape and dtype, stacked on a new first axis: (size, *array.shape)."""
 
     @abstractmethod
+    def exchange(self, sends: Sequence[tuple[int, NDArray[Any]]], receives: Sequence[tuple[int, NDArray[Any]]]) -> None:
+        """Send arrays to other ranks, and overwrite arrays with what others send; returns when all may be reused.
+
+        Each array stands with the other rank. What one rank sends to another arrives in the order in which it is sent:
+        both name equal sizes in the same order. Arrays may be of any size. Ranks with nothing to send and to receive
+        need not call it.
+        """
+
+    @abstractmethod
     def barrier(self) -> None:
         """Return once every rank has come here."""
 
@@ -211,6 +220,11 @@ class Solo(Communicator):
     def all_gather(self, array: NDArray[Any]) -> NDArray[Any]:
         """A copy of `array` with a first axis of 1."""
         return array[np.newaxis].copy()
+
+    def exchange(self, sends: Sequence[tuple[int, NDArray[Any]]], receives: Sequence[tuple[int, NDArray[Any]]]) -> None:
+        """There is nobody to exchange with."""
+        assert not sends
+        assert not receives
 
     def barrier(self) -> None:
         """Return at once."""

@@ -44,6 +44,11 @@ from tpcpu.parallel.window import Window, part_bytes  # noqa: E402
 
 MpiFunction = Literal["MPI_Allgather", "MPI_Allreduce"]
 
+_EXCHANGED = 1
+"""The tag of messages between two ranks,"""
+MESSAGE_BYTES = 1 << 30
+"""and their length at most: MPI counts them in an int."""
+
 _EXTRAS = {OPEN_MPI: "openmpi", MPICH: "mpich", INTEL: "impi"}
 
 
@@ -126,6 +131,13 @@ class Mpi(Communicator):
         received = np.empty((self.size, *array.shape), array.dtype)
         self._wait(self._mpi.Iallgather(_bytes(array), _bytes(received)))
         return received
+
+    def exchange(self, sends: Sequence[tuple[int, NDArray[Any]]], receives: Sequence[tuple[int, NDArray[Any]]]) -> None:
+        """Messages between pairs of ranks, which MPI does not let overtake one another; the large ones in pieces."""
+        requests = [self._mpi.Irecv(piece, rank, _EXCHANGED) for rank, out in receives for piece in _messages(out)]
+        requests += [self._mpi.Isend(piece, rank, _EXCHANGED) for rank, array in sends for piece in _messages(array)]
+        look = None if self._departure is None else self._departure.look
+        self._patience.wait(lambda: bool(MPI.Request.Testall(requests)), look=look)
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
@@ -319,6 +331,12 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     if not array.flags.c_contiguous:
         raise ValueError(f"an array of shape {array.shape} is to be sent, but it is not C-contiguous")
     return array.reshape(-1).view(np.uint8)
+
+
+def _messages(array: NDArray[Any]) -> list[NDArray[np.uint8]]:
+    """The array's bytes in messages that MPI can count, one at least."""
+    whole = _bytes(array)
+    return [whole[at : at + MESSAGE_BYTES] for at in range(0, max(len(whole), 1), MESSAGE_BYTES)]
 
 
 def _split(array: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:

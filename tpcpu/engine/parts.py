@@ -1,0 +1,115 @@
+"""Which parts of a checkpoint the weights of a job are made of, and which region of each every rank needs.
+
+Knows how formats divide a weight into stored tensors. The rows and columns of a weight that a rank needs are the
+model's to say; here they are only counted in the items of each part. Reads no values.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tpcpu.checkpoint import Checkpoint
+from tpcpu.checkpoint.header import NUMPY_DTYPES
+from tpcpu.engine.binding import Binding
+from tpcpu.formats import int8
+from tpcpu.parallel.partition import Range
+from tpcpu.program.operations import BLOCK, Kind, Weight
+
+GROUP = 256
+"""Blocks whose scales share a scale of their own."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Rows and columns of a matrix."""
+
+    rows: Range
+    columns: Range
+
+    @property
+    def is_empty(self) -> bool:
+        return not len(self.rows) or not len(self.columns)
+
+
+NOTHING = Region(Range(0, 0), Range(0, 0))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor as a matrix of items, and the region of it that a rank needs, for each rank that is known."""
+
+    name: str
+    dtype: np.dtype[Any]
+    rows: int
+    columns: int
+    needs: Mapping[int, Region]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    def need(self, rank: int) -> Region:
+        return self.needs.get(rank, NOTHING)
+
+
+def parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoint) -> dict[str, Part]:
+    """The stored tensors of a weight, by what follows its name ("" for the values themselves), in the order of use.
+
+    `weights`: the weight as each rank declares it. Tables of a few values that binding has looked at are no parts.
+    """
+    name, rows, columns = binding.weight.name, binding.weight.full_rows, binding.weight.full_columns
+
+    def part(suffix: str, dtype: Any, rows: int, columns: int, need: Callable[[Weight], Region]) -> tuple[str, Part]:
+        needs = {rank: need(weight) for rank, weight in weights.items()}
+        return suffix, Part(f"{name}{suffix}", np.dtype(dtype), rows, columns, needs)
+
+    def by(unit: int) -> Callable[[Weight], Region]:
+        """A rank's rows and columns, these counted in units of so many."""
+        return lambda weight: Region(weight.rows, Range(weight.columns.start // unit, weight.columns.stop // unit))
+
+    def whole(suffix: str, dtype: Any, count: int) -> tuple[str, Part]:
+        return part(
+            suffix, dtype, count, 1, lambda weight: Region(Range(0, count), Range(0, 1)) if weight.size else NOTHING
+        )
+
+    def groups(weight: Weight) -> Region:
+        """The group scales of the blocks of a rank's rows."""
+        return Region((weight.rows * (columns // BLOCK)).blocks(GROUP), Range(0, 1)) if weight.size else NOTHING
+
+    if binding.weight.kind is Kind.EMBEDDING:
+        # Rows are looked up later, where they lie; until then nobody needs any.
+        return dict([part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, lambda _: NOTHING)])
+    if binding.stored == "nf4" and binding.held == "nf4":
+        codes = part("", np.uint8, rows, columns // 2, by(2))
+        if not binding.nested:
+            return dict([codes, part(".absmax", np.float32, rows, columns // BLOCK, by(BLOCK))])
+        return dict([
+            codes,
+            part(".absmax", np.uint8, rows, columns // BLOCK, by(BLOCK)),
+            part(".nested_absmax", np.float32, -(-rows * (columns // BLOCK) // GROUP), 1, groups),
+            whole(".nested_quant_map", np.float32, 256),
+        ])  # fmt: skip
+    if binding.stored == "nf4":
+        # Blocks cross rows: everyone needs all of it.
+        blocks = -(-rows * columns // BLOCK)
+        flat = [whole("", np.uint8, -(-rows * columns // 2))]
+        flat.append(whole(".absmax", np.uint8 if binding.nested else np.float32, blocks))
+        if binding.nested:
+            flat += [
+                whole(".nested_absmax", np.float32, -(-blocks // GROUP)),
+                whole(".nested_quant_map", np.float32, 256),
+            ]
+        return dict(flat)
+    if binding.stored == "int8":
+        scales = int8.scale_name("")
+        return dict([
+            part("", np.int8, rows, columns, by(1)),
+            part(scales, np.float32, rows, columns // BLOCK, by(BLOCK)),
+        ])  # fmt: skip
+    return dict([part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, by(1))])
