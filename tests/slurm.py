@@ -51,7 +51,7 @@ class Cluster:
             f"SlurmUser={_user()}",
             f"SlurmdUser={_user()}",
             "AuthType=auth/munge",
-            f"AuthInfo=socket={self.folder}/munge/socket",
+            f"AuthInfo=socket={self.folder}/munge/socket,cred_expire=5",  # how long a requeued job waits
             f"StateSaveLocation={self.folder}/state",
             f"SlurmdSpoolDir={self.folder}/spool/%n",
             f"SlurmctldPidFile={self.folder}/slurmctld.pid",
@@ -68,7 +68,7 @@ class Cluster:
             "ReturnToService=2",
             "MinJobAge=600",
             "KillWait=30",
-            "SchedulerParameters=sched_interval=1,bf_interval=1,requeue_delay=0",
+            "SchedulerParameters=sched_interval=1,bf_interval=1",
             "MailProg=/bin/true",
         ]
         for name, port in zip(self.nodes, ports[1:], strict=True):
