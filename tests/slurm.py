@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -177,14 +177,15 @@ class Cluster:
                 )
             )
 
-    def _until(self, holds: "object", what: str) -> None:
+    def _until(self, holds: Callable[[], object], what: str) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while True:
             with suppress(AssertionError):
-                if holds():  # type: ignore[operator]
+                if holds():
                     return
             dead = [d.args for d in self._daemons if d.poll() is not None]
-            assert not dead and time.monotonic() < deadline, f"{what}: {dead}\n{self.logs()}"
+            assert not dead, f"{what}: {dead}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"{what}: not ready\n{self.logs()}"
             time.sleep(0.05)
 
     def logs(self) -> str:

@@ -6,6 +6,8 @@ every rank runs the same script and gets the same answers. Knows how these three
 """
 
 import atexit
+import os
+import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
@@ -31,6 +33,9 @@ from tpcpu.text import Prompt
 
 __all__ = ["LLM", "Chunk", "Completion", "Info", "Score", "Slow"]
 
+_EXIT_SECONDS = 2.0
+"""How long the end of a program waits for the request of another thread, which ends with it."""
+
 
 class Backend(Protocol):
     """What answers: ranks of this job, or ranks that this process started."""
@@ -55,6 +60,9 @@ class LLM:
     `context`: tokens of prompt and answer. `cache_tokens`: of all prompts and answers that the cache holds together;
     `max_batch`: how many are worked on at a time; `speculate`: how many tokens are drafted at most, from what the text
     said before, and verified in one step: it changes no answer. `progress` is told of slow phases.
+
+    Threads may share a model that this process runs or started: their requests take turns. A copy of the process that
+    `fork` makes has no model.
 
     Raises UserErrors (see `tpcpu.errors`) for whatever is wrong with folder, options and rank count, on all ranks.
     """
@@ -86,6 +94,8 @@ class LLM:
         self._backend: Backend
         self._answer: Generator[Chunk, None, None] | None = None
         self._closed = False
+        self._lock = threading.RLock()
+        self._process = os.getpid()
         if ranks in (None, "auto") and not in_launcher():
             ranks = Topology.detect().default_ranks()
         if ranks in (None, "auto", 1) or in_launcher():
@@ -140,45 +150,66 @@ class LLM:
         each = [of_all] * len(several) if isinstance(of_all, SamplingParams) else list(of_all)
         if len(each) != len(several):
             raise UsageError(f"params: found {len(each)} for {len(several)} prompts, expected one for each, or for all")
-        self._refuse_closed()
-        self._end_answer()
-        return self._backend.generate(several, each)
+        with self._lock:
+            self._refuse_closed()
+            self._end_answer()
+            return self._backend.generate(several, each)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
         """The answer chunk by chunk; the last chunk has the completion. Closing the iterator ends the answer.
 
-        There is one answer at a time: it ends when the next request begins, and asking for more of it then raises a
-        UsageError. Collective under a launcher, where ranks other than 0 see the chunks once the answer is complete.
+        There is one answer at a time: it ends when the next request begins, in whatever thread, and asking for more of
+        it then raises a UsageError. Collective under a launcher, where ranks other than 0 see the chunks once the
+        answer is complete.
         """
         self._refuse_closed()
         return self._chunks(prompt, params or SamplingParams())
 
     def _chunks(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
-        self._refuse_closed()
-        self._end_answer()
-        answer = self._answer = self._backend.stream(prompt, params)
+        with self._lock:
+            self._refuse_closed()
+            self._end_answer()
+            answer = self._answer = self._backend.stream(prompt, params)
         try:
-            for chunk in answer:
+            while True:
+                with self._lock:
+                    self._refuse_closed()
+                    if self._answer is not answer:
+                        raise UsageError(
+                            "this answer ended when the next request began; take all of it first, or close it"
+                        )
+                    chunk = next(answer, None)
+                if chunk is None:
+                    return
                 yield chunk
-                if self._answer is not answer:
-                    raise UsageError("this answer ended when the next request began; take all of it first, or close it")
         finally:
-            if self._answer is answer:
-                self._end_answer()
+            with self._lock:
+                if self._answer is answer:
+                    self._end_answer()
 
     def score(self, texts: Sequence[str], window: int | None = None) -> list[Score]:
         """The loss of each text by itself, truncated to `window` tokens; its first token is not scored. Collective."""
-        self._refuse_closed()
-        self._end_answer()
-        return self._backend.score(texts, window)
+        with self._lock:
+            self._refuse_closed()
+            self._end_answer()
+            return self._backend.score(texts, window)
 
     def close(self) -> None:
-        """Lets go of memory, threads and ranks. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            atexit.unregister(self._at_exit)
-            self._end_answer()
-            self._backend.close()
+        """Lets go of memory, threads and ranks, after the request of another thread. May be called twice."""
+        self._close(-1)
+
+    def _close(self, seconds: float) -> None:
+        """`seconds`: to wait for another thread's request, -1 for ever; what is still at work then is left alone."""
+        if os.getpid() != self._process or not self._lock.acquire(timeout=seconds):
+            return
+        try:
+            if not self._closed:
+                self._closed = True
+                atexit.unregister(self._at_exit)
+                self._end_answer()
+                self._backend.close()
+        finally:
+            self._lock.release()
 
     def _end_answer(self) -> None:
         answer, self._answer = self._answer, None
@@ -186,6 +217,8 @@ class LLM:
             answer.close()
 
     def _refuse_closed(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError("the model belongs to the process that forked this one; open one here with LLM(path)")
         if self._closed:
             raise UsageError("the model is closed; open it again with LLM(path)")
 
@@ -201,4 +234,4 @@ class LLM:
 def _close(reference: "weakref.ref[LLM]") -> None:
     llm = reference()
     if llm is not None:
-        llm.close()
+        llm._close(_EXIT_SECONDS)

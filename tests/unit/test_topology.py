@@ -154,6 +154,12 @@ class TestMasks:
         topology = detect(tmp_path, {0}, OMPI_COMM_WORLD_SIZE="2", SLURM_CPUS_ON_NODE="6")
         assert [topology.cores_for(rank, 2, [{0}, {1}]) for rank in range(2)] == [[0, 1, 2], [8, 9, 10]]
 
+    def test_one_core_for_each_rank_from_slurm_is_not_widened(self, tmp_path: Path) -> None:
+        """It used to move to other cores of the node, which may be another job's."""
+        server(tmp_path, 1, 1, 16)
+        topology = detect(tmp_path, {5}, SLURM_CPUS_ON_NODE="2")
+        assert [topology.cores_for(rank, 2, [{5}, {6}]) for rank in range(2)] == [[5], [6]]
+
     def test_a_mask_for_all_is_the_users(self, tmp_path: Path) -> None:
         server(tmp_path, 1, 1, 8)
         topology = detect(tmp_path, {2, 3, 4, 5})
@@ -216,6 +222,22 @@ class TestLimits:
         write(groups / "cpu/cpu.cfs_period_us", "100000")
         limits = read_limits(tmp_path, {"SLURM_CPUS_ON_NODE": ""})
         assert limits.memory is limits.cpu_quota is limits.core_count is None
+
+    @pytest.mark.parametrize(
+        ("environ", "expected"),
+        [
+            ({"SLURM_MEM_PER_NODE": "500"}, 500 << 20),
+            ({"SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_ON_NODE": "3"}, 300 << 20),
+            ({"SLURM_MEM_PER_NODE": "0"}, 1 << 30),
+            ({"SLURM_MEM_PER_NODE": "4000"}, 1 << 30),
+            ({}, 1 << 30),
+        ],
+        ids=str,
+    )
+    def test_slurms_memory(self, tmp_path: Path, environ: dict[str, str], expected: int) -> None:
+        write(tmp_path / "proc/self/cgroup", "0::/")
+        write(tmp_path / "sys/fs/cgroup/memory.max", str(1 << 30))
+        assert read_limits(tmp_path, environ).memory == expected
 
     def test_quota_limits_threads(self, tmp_path: Path) -> None:
         cpus = server(tmp_path, 2, 1, 8)

@@ -17,7 +17,8 @@ class Limits:
     """What this process may use on this host; None where nothing limits it.
 
     `cpus` is the control group's cpuset, `cpu_quota` the cores' worth of time it grants, `memory` bytes; `slurm_cpus`
-    is the number of CPUs that SLURM allocated to the job on this host (its step, where the process runs in one).
+    is the number of CPUs that SLURM allocated to the job on this host (its step, where the process runs in one). Memory
+    that SLURM granted counts also where no control group enforces it: SLURM may watch, and kill.
     """
 
     cpus: frozenset[int] | None = None
@@ -37,7 +38,7 @@ def read_limits(root: Path, environ: Mapping[str, str]) -> Limits:
     return Limits(
         cpus=_cpuset(root),
         cpu_quota=min(_quotas(root), default=None),
-        memory=min(_memory_limits(root), default=None),
+        memory=min([*_memory_limits(root), *_slurm_memory(environ)], default=None),
         slurm_cpus=_slurm_cpus(environ),
     )
 
@@ -142,3 +143,13 @@ def _group_room(folder: Path, unified: bool) -> int | None:
 def _slurm_cpus(environ: Mapping[str, str]) -> int | None:
     count = environ.get("SLURM_CPUS_ON_NODE", "")
     return int(count) if count.isdecimal() and int(count) > 0 else None
+
+
+def _slurm_memory(environ: Mapping[str, str]) -> Iterator[int]:
+    """Bytes that the job has on this host; SLURM counts in units of 2^20 bytes, and 0 is all of the host's."""
+    on_node, per_cpu = environ.get("SLURM_MEM_PER_NODE", ""), environ.get("SLURM_MEM_PER_CPU", "")
+    if on_node.isdecimal() and int(on_node):
+        yield int(on_node) << 20
+    cpus = _slurm_cpus(environ)
+    if per_cpu.isdecimal() and int(per_cpu) and cpus is not None:
+        yield (int(per_cpu) << 20) * cpus

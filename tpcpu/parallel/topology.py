@@ -144,7 +144,9 @@ class Topology:
         """Did a launcher leave this rank one core although several fall to each rank?"""
         if host_size == 1 and not self.launcher_binds:
             return False
-        return len(self._usable(mask)) == 1 and len(self._usable(self.allowed)) // host_size > 1
+        # Where SLURM granted no more than a core for each rank, others may have the rest.
+        cores = min(len(self._usable(self.allowed)), self.limits.slurm_cpus or len(self.cores))
+        return len(self._usable(mask)) == 1 and cores // host_size > 1
 
     def _share_of_limit(self, host_rank: int, host_size: int) -> int | None:
         count = self.limits.core_count
