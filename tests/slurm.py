@@ -1,8 +1,8 @@
 """A SLURM cluster on this machine, for tests: munged, slurmctld and slurmd with files, ports and keys of their own.
 
 Knows Debian's slurm-wlm and munge, which `launch/test.sh` installs. Everything lies in one folder, which the caller
-removes; the daemons are children of this process and are ended by their ids. Nothing is read from or written to /etc
-or /var. Knows nothing of tpcpu.
+removes; the daemons are children of this process, are ended by their ids and end with it. Nothing is read from or
+written to /etc or /var. Knows nothing of models and ranks.
 """
 
 import os
@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tpcpu.parallel.lifeline import die_with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -174,6 +176,7 @@ class Cluster:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=die_with_parent,  # also when a time limit ends the tests
                 )
             )
 
