@@ -77,6 +77,10 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
     run.add_argument(
         "--wire", choices=WIRES, default="float32", help="what sums travel as between hosts (default: float32)"
     )
+    run.add_argument(
+        "--fault-timeout", type=seconds, default=10.0, metavar="SECONDS",
+        help="in which a lost or stopped rank becomes an error (default: 10)",
+    )  # fmt: skip
     run.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
 
 
@@ -123,6 +127,17 @@ def positive(text: str) -> int:
     value = int(text) if text.lstrip("+-").isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value >= 1.0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of seconds, at least 1")
     return value
 
 
