@@ -126,7 +126,7 @@ def test_a_follower_raises(tmp_path):
     with family(start(tmp_path, begin=begin), tmp_path) as started:
         started.say_until("begun")
         line = line_of(started, time.monotonic(), TIMEOUT + 2)
-    assert re.match(rf"rank 1 on {HOST} raised ValueError: .*{WHERE}", line), line
+    assert re.match(rf"rank 1 on {HOST} raised ValueError {WHERE}", line), line
 
 
 @pytest.fixture

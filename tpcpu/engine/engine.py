@@ -26,7 +26,7 @@ from tpcpu.parallel import numa
 from tpcpu.parallel.communicator import DEFAULT_FAULT_TIMEOUT, AllReduce, Communicator, Wire
 from tpcpu.parallel.limits import available_bytes
 from tpcpu.parallel.partition import Share
-from tpcpu.parallel.pulse import CLOSED, LOADING
+from tpcpu.parallel.pulse import LOADING
 from tpcpu.parallel.team import Team
 from tpcpu.parallel.topology import Topology
 from tpcpu.program.batch import Batch
@@ -271,8 +271,6 @@ class Engine:
 
     def close(self) -> None:
         """Ends the team and lets go of the checkpoint. Not collective."""
-        if self.communicator.pulse is not None:
-            self.communicator.pulse.phase(CLOSED)
         if self.team is not None:
             self.team.close()
         self.source.close()

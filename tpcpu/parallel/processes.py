@@ -78,8 +78,13 @@ def standard_error(pid: int, pidfd: int) -> int | None:
     return None
 
 
-def ending(pidfd: int) -> int | None:
+def ending(pid: int, pidfd: int) -> int | None:
     """How an ended process ended: its exit code, or minus a signal; None where the kernel does not tell (any more)."""
+    with contextlib.suppress(OSError, IndexError):
+        # its parent has not collected it yet
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        if fields[0] in "ZX":
+            return os.waitstatus_to_exitcode(int(fields[49]))
     buffer = bytearray(64)
     struct.pack_into("Q", buffer, 0, _INFO_EXIT)
     try:

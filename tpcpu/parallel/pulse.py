@@ -11,10 +11,10 @@ import mmap
 import os
 from collections.abc import Collection, Sequence
 
-STARTING, LOADING, WORKING, CLOSED = range(4)
+STARTING, LOADING, WORKING = range(3)
 """Phases of a rank: only in `WORKING` does the number of an operation have a name."""
 
-_PHASES = ("while it started", "while it loaded the model", "between two steps", "without a model")
+_PHASES = ("while it started", "while it loaded the model", "between two steps")
 
 _NOTE = 0
 """Of the line that compiled code writes: the number of the operation that is run, -1 between two runs, and how many

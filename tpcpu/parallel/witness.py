@@ -302,7 +302,7 @@ class Witness:
     def _ending(self, process: _Process) -> int | None:
         """How it ended, which is known once its parent has collected it."""
         deadline = time.monotonic() + _MOMENT
-        while (code := processes.ending(process.pidfd)) is None and time.monotonic() < deadline:
+        while (code := processes.ending(process.pid, process.pidfd)) is None and time.monotonic() < deadline:
             time.sleep(0.005)
         return code
 
