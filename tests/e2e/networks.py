@@ -71,6 +71,12 @@ class Hosts:
         call = f'hostname {self.names[0]}; exec mpiexec {options} -n {sum(per_host)} "$@"'
         return [*inside, call, "mpiexec"]
 
+    def inside(self, arguments: list[str]) -> list[str]:
+        """A program on the first host, whose mpiexec starts ranks on the others without being told how."""
+        variables = f"HYDRA_LAUNCHER=ssh HYDRA_LAUNCHER_EXEC={self._launch} HYDRA_LOCALHOST={self.addresses[0]}"
+        call = f'hostname {self.names[0]}; exec env {variables} "$@"'
+        return ["ip", "netns", "exec", self._spaces[0], "unshare", "-u", "bash", "-c", call, "program", *arguments]
+
     def cut(self, number: int) -> None:
         """Take the link of a host down."""
         _ip("link", "set", self._links[number], "down")

@@ -25,8 +25,9 @@ _INFO_EXIT = 1 << 3
 
 @dataclass(frozen=True)
 class Stat:
-    """A moment of a process: its state's letter, its parent, page faults that read, and ticks of processor time."""
+    """A moment of a process: its name, its state's letter, its parent, and page faults that read and ticks of work."""
 
+    name: str
     state: str
     parent: int
     used: tuple[int, int]
@@ -41,10 +42,31 @@ def stat(pid: int) -> Stat | None:
     """None where there is no such process."""
     try:
         # the name, in brackets, may hold blanks
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        head, _, tail = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
     except OSError:
         return None
-    return Stat(fields[0], int(fields[1]), (int(fields[9]), int(fields[11]) + int(fields[12])))
+    fields = tail.split()
+    return Stat(head.partition("(")[2], fields[0], int(fields[1]), (int(fields[9]), int(fields[11]) + int(fields[12])))
+
+
+def children(pid: int) -> list[int]:
+    """Of all its threads."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found
+
+
+def tree(pid: int) -> set[int]:
+    """All processes below one."""
+    found: set[int] = set()
+    new = [pid]
+    while new:
+        below = set(children(new.pop())) - found
+        found |= below
+        new += below
+    return found
 
 
 def launchers(pid: int) -> dict[int, str]:
