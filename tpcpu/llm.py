@@ -23,7 +23,7 @@ from tpcpu.engine.progress import Progress
 from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import LaunchError, PromptError, UsageError
 from tpcpu.models import read_config
-from tpcpu.parallel.communicator import AllReduceKind, Wire, connect
+from tpcpu.parallel.communicator import DEFAULT_FAULT_TIMEOUT, AllReduceKind, Wire, connect
 from tpcpu.parallel.launcher import in_launcher
 from tpcpu.parallel.partition import Share
 from tpcpu.parallel.topology import Topology
@@ -85,11 +85,12 @@ class LLM:
         speculate: int = 0,
         all_reduce: AllReduceKind = "window",
         wire: Wire = "float32",
+        fault_timeout: float = DEFAULT_FAULT_TIMEOUT,
         progress: Progress | None = None,
     ) -> None:
         options = Options(
             format, lm_head, exact, context, threads, chunk_tokens, page_tokens, kv_cache, cache_tokens, max_batch,
-            speculate, wire,
+            speculate, wire, fault_timeout,
         )  # fmt: skip
         self._backend: Backend
         self._answer: Generator[Chunk, None, None] | None = None
@@ -99,7 +100,7 @@ class LLM:
         if ranks in (None, "auto") and not in_launcher():
             ranks = Topology.detect().default_ranks()
         if ranks in (None, "auto", 1) or in_launcher():
-            communicator = connect(all_reduce)
+            communicator = connect(all_reduce, fault_timeout=fault_timeout)
             if ranks not in (None, "auto", communicator.size):
                 raise LaunchError(
                     f"{ranks} ranks asked for, but the launcher started {communicator.size}; "

@@ -117,7 +117,7 @@ class Remote:
             # The ranks read nothing: mpiexec would take what is typed for the driver. What MPI has to say belongs
             # beside the answer. -P: a file in this folder must not stand in for a module that the ranks import.
             code = f"import sys; sys.path.insert(0, {_PACKAGE_PARENT!r}); from tpcpu import ranks; ranks.run()"
-            argv = [sys.executable, "-P", "-c", code, name, all_reduce]
+            argv = [sys.executable, "-P", "-c", code, name, all_reduce, str(options.fault_timeout)]
             self._job = launcher.start(ranks, argv, stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR)
             self._lines = _Lines(self._accept(listener))
         self._send({"path": str(path), "options": asdict(options)})
@@ -317,9 +317,9 @@ def _slow(model: Local) -> list[_Message]:
     return [asdict(each) for each in model.slow_ranks]
 
 
-def main(address: str, all_reduce: AllReduceKind) -> int:
+def main(address: str, all_reduce: AllReduceKind, fault_timeout: float) -> int:
     """What every started rank runs."""
-    communicator = connect(all_reduce)
+    communicator = connect(all_reduce, fault_timeout=fault_timeout)
     root = None
     try:
         request: _Message | None = None
@@ -350,14 +350,17 @@ def main(address: str, all_reduce: AllReduceKind) -> int:
     except (BrokenPipeError, ConnectionResetError):
         # The driver is gone; the other ranks were released.
         return 1
-    except BaseException:
+    except BaseException as error:
         # On this rank alone: the others wait for it, and would for ever.
         import traceback
 
         traceback.print_exc()
+        where = communicator.pulse.where() if communicator.pulse is not None else ""
+        what = f"rank {communicator.rank} on {communicator.host} raised {type(error).__name__}: {error}"
+        sys.stderr.write(f"tpcpu: error: {what} {where}\n")
         communicator.abort(1)
 
 
 def run() -> NoReturn:
     """The program of a started rank."""
-    sys.exit(main(sys.argv[1], sys.argv[2]))  # type: ignore[arg-type]
+    sys.exit(main(sys.argv[1], sys.argv[2], float(sys.argv[3])))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from typing import NoReturn
 from tpcpu.cli.output import is_speaker, print_error, silence_stdout
 from tpcpu.errors import TpcpuError, UsageError, UserError
 
-COMMANDS = ("quantize", "inspect", "explain", "generate", "chat", "batch", "eval", "bench")
+COMMANDS = ("quantize", "inspect", "explain", "generate", "chat", "batch", "eval", "bench", "supervise")
 
 EXIT_INTERRUPTED = 130
 

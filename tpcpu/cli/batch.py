@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpcpu.cli.flags import fault_flag, model_flags, positive, sampling_flags, sampling_params, speculation_flag
+from tpcpu.cli.flags import model_flags, positive, sampling_flags, sampling_params, speculation_flag
 from tpcpu.cli.output import Output
 from tpcpu.cli.stopping import EXIT_STOPPED, Stop, Stopped
 from tpcpu.errors import LaunchError, TpcpuError, UsageError
@@ -45,7 +45,6 @@ def add_parser(subparsers: Any) -> None:
     model_flags(parser)
     running = parser.add_argument_group("batch")
     running.add_argument("--max-batch", type=positive, metavar="N", help="requests at a time (default: 16)")
-    fault_flag(running)
     speculation_flag(parser)
     sampling_flags(parser)
 
@@ -96,7 +95,7 @@ def _answer(args: argparse.Namespace, params: "SamplingParams", stop: Stop) -> i
 
     output = Output(args.json)
     with stop.raising():
-        communicator = connect(args.all_reduce)
+        communicator = connect(args.all_reduce, fault_timeout=args.fault_timeout)
         if args.ranks not in ("auto", communicator.size):
             raise LaunchError(
                 f"{args.ranks} ranks asked for, but the launcher started {communicator.size}; "

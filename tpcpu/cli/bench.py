@@ -128,7 +128,7 @@ def _measure(args: argparse.Namespace) -> int:
 
     output = Output(args.json)
     message_bytes = args.all_reduce if isinstance(args.all_reduce, int) else None
-    communicator = connect("window" if message_bytes else args.all_reduce)
+    communicator = connect("window" if message_bytes else args.all_reduce, fault_timeout=args.fault_timeout)
     if args.ranks not in ("auto", communicator.size):
         raise LaunchError(
             f"{args.ranks} ranks asked for, but the launcher started {communicator.size}; "

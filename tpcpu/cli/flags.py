@@ -77,18 +77,11 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
     run.add_argument(
         "--wire", choices=WIRES, default="float32", help="what sums travel as between hosts (default: float32)"
     )
+    run.add_argument(
+        "--fault-timeout", type=seconds, default=10.0, metavar="SECONDS",
+        help="in which a lost or stopped rank becomes an error (default: 10)",
+    )  # fmt: skip
     run.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
-
-
-def fault_flag(parser: argparse._ActionsContainer) -> None:
-    """Adds the flag of commands that have to notice the end of other processes."""
-    parser.add_argument(
-        "--fault-timeout",
-        type=seconds,
-        default=10.0,
-        metavar="S",
-        help="seconds within which ranks that hang, or outlive their launcher, are noticed and ended (default: 10)",
-    )
 
 
 def speculation_flag(parser: argparse.ArgumentParser) -> None:
@@ -138,13 +131,13 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A finite number of at least 0."""
+    """A finite number of seconds, at least 1."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of seconds")
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of seconds, at least 1")
     return value
 
 

@@ -23,15 +23,17 @@ from tpcpu.kernels import isa
 from tpcpu.kernels.compile import Kernel, spent_seconds
 from tpcpu.models import Model, read_config
 from tpcpu.parallel import numa
-from tpcpu.parallel.communicator import AllReduce, Communicator, Wire
+from tpcpu.parallel.communicator import DEFAULT_FAULT_TIMEOUT, AllReduce, Communicator, Wire
 from tpcpu.parallel.limits import available_bytes
 from tpcpu.parallel.partition import Share
+from tpcpu.parallel.pulse import LOADING
 from tpcpu.parallel.team import Team
 from tpcpu.parallel.topology import Topology
 from tpcpu.program.batch import Batch
 from tpcpu.program.compiled import Compiled
 from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.lowering import Stage
+from tpcpu.program.naming import exchanges, stage_names
 from tpcpu.program.operations import Program
 from tpcpu.program.weights import Packed
 
@@ -69,6 +71,8 @@ class Options:
     """Tokens that are drafted at a time, at most."""
     wire: Wire = "float32"
     """What sums over hosts travel as."""
+    fault_timeout: float = DEFAULT_FAULT_TIMEOUT
+    """Seconds in which a lost or stopped rank becomes an error; for whoever connects the ranks."""
     exchange: bool = True
     """Without: a rank takes its own part for the sum. Its answers are wrong; its time is that of everything else."""
     share: Share | None = None
@@ -147,10 +151,14 @@ class Engine:
         cpus_of = communicator.all_gather_object(self.cpus)
         on_host = [cpu for rank in here for cpu in cpus_of[rank]]
         crowded = len(set(on_host)) < len(on_host)
-        return Team(self.cpus, pinned=not crowded, crowded=crowded)
+        pulse = communicator.pulse
+        note = None if pulse is None else pulse.note
+        return Team(self.cpus, pinned=not crowded, crowded=crowded, note=note)
 
     def _load(self, options: Options) -> None:
         communicator = self.communicator
+        if (pulse := communicator.pulse) is not None:
+            pulse.phase(LOADING)
         self.team = self._gather_team(options.threads)
         begin, compiled = time.perf_counter(), spent_seconds()
         self.weights, self.arena = self.source.load(communicator, self.team, self.cpus, self.progress)
@@ -163,6 +171,9 @@ class Engine:
             tokens=self.chunk_tokens, wanted=self.most_wanted, report=self.progress.say,
         )  # fmt: skip
         self._report_locality()
+        if pulse is not None:
+            stages = [stage for stage, _ in self.stages]
+            pulse.work(stage_names(self.program, stages), exchanges(stages))
         hosts = [communicator.hosts[host] for host in communicator.host_of]
         self._pace = Pace(hosts, communicator.all_gather_object(self.weight_bytes))
 

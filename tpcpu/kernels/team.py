@@ -26,6 +26,7 @@ from tpcpu.kernels.team_layout import (
     IDLE_SPINS,
     JOB,
     LINE,
+    NOTE,
     PUBLISHED,
     RECORD_COUNT,
     RELEASE,
@@ -124,7 +125,10 @@ def _walk(team, thread):
     record = load_i64(team + JOB)
     # Only this thread writes its line, and the release word only moves when all have arrived: both count epochs.
     epoch = load_acquire(team + RELEASE)
-    for _ in range(load_i64(team + RECORD_COUNT)):
+    note = load_i64(team + NOTE)
+    for number in range(load_i64(team + RECORD_COUNT)):
+        if thread == 0:
+            store_i64(note, number)
         step = load_i64(record + 8 * R.STEP)
         chosen = load_i64(step + 8 * R.CLASS)
         call_kernel(load_i64(record + 8 * (R.KERNELS + chosen)), record, thread, threads)
@@ -142,7 +146,10 @@ def _walk_timed(team, thread, trace):
     record, count = load_i64(team + JOB), load_i64(team + RECORD_COUNT)
     times = trace + 16 * count * thread
     epoch = load_acquire(team + RELEASE)
-    for _ in range(count):
+    note = load_i64(team + NOTE)
+    for number in range(count):
+        if thread == 0:
+            store_i64(note, number)
         step = load_i64(record + 8 * R.STEP)
         chosen = load_i64(step + 8 * R.CLASS)
         begin = cycles()
@@ -175,9 +182,12 @@ def run(team, records, count):
     """
     store_i64(team + JOB, records)
     store_i64(team + RECORD_COUNT, count)
+    note = load_i64(team + NOTE)
+    store_i64(note + 8, load_i64(note + 8) + 1)
     begin = cycles()
     post(team + TICKET, load_acquire(team + TICKET) + 1, team)
     _walk_job(team, 0)
+    store_i64(note, -1)
     store_i64(team + WALKED, load_i64(team + WALKED) + cycles() - begin)
 
 

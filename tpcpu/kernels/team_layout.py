@@ -27,7 +27,10 @@ IDLE_SPINS = 5 * LINE + 24
 FUTEX_CALL = 5 * LINE + 32
 """the number of the futex system call,"""
 TIMEOUT = 5 * LINE + 40
-"""and its longest sleep: a timespec of two words."""
+"""its longest sleep: a timespec of two words,"""
+NOTE = 5 * LINE + 56
+"""and the address of two words that others may watch: the number of the record that thread 0 is at, -1 between two
+walks, and how many walks there have been."""
 WALKED = 6 * LINE
 """Cycles that thread 0 has spent in jobs,"""
 WAITED = 6 * LINE + 8

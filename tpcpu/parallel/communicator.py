@@ -19,6 +19,7 @@ from tpcpu.errors import LaunchError, RankError, TpcpuError, UsageError
 from tpcpu.parallel.announcement import announced
 
 if TYPE_CHECKING:
+    from tpcpu.parallel.pulse import Pulse
     from tpcpu.parallel.team import Team
 
 AllReduceKind = Literal["window", "hosts", "ordered", "mpi"]
@@ -83,6 +84,8 @@ class Communicator(ABC):
     """Names of the hosts, in the order of their first ranks."""
     host_of: tuple[int, ...]
     """For each rank, the index of its host in `hosts`."""
+    pulse: "Pulse | None" = None
+    """What this rank shows to the witness of its host, where there is one."""
     all_reduce_kind: AllReduceKind
     """How partial sums are joined: what was asked for, or what works here."""
 
@@ -252,11 +255,20 @@ class Solo(Communicator):
         os._exit(code)
 
 
-def connect(all_reduce: AllReduceKind = "window", environ: Mapping[str, str] = os.environ) -> Communicator:
+DEFAULT_FAULT_TIMEOUT = 10.0
+"""Seconds in which a lost or stopped rank becomes an error."""
+
+
+def connect(
+    all_reduce: AllReduceKind = "window",
+    environ: Mapping[str, str] = os.environ,
+    fault_timeout: float = DEFAULT_FAULT_TIMEOUT,
+) -> Communicator:
     """Join the ranks that the launcher announced, or be a lone rank where it announced none. Collective.
 
     `all_reduce` says how partial sums are joined (see `AllReduce`). Raises LaunchError if the launcher announced
-    several processes but the MPI library does not find them, or if there is no MPI library.
+    several processes but the MPI library does not find them, or if there is no MPI library. `fault_timeout`: seconds
+    in which a lost or stopped rank becomes an error; what the first call says holds for the process.
     """
     if all_reduce not in get_args(AllReduceKind):
         raise UsageError(f"all-reduce {all_reduce!r} is not known; 'window' and 'mpi' are")
@@ -270,7 +282,7 @@ def connect(all_reduce: AllReduceKind = "window", environ: Mapping[str, str] = o
             f"{announcement.launcher} started {announcement.size or 'several'} processes, but mpi4py finds no MPI "
             f"library ({str(error).splitlines()[0]}); pip install 'tpcpu[mpich]', or load your site's MPI module"
         ) from error
-    return Mpi(announcement, all_reduce)
+    return Mpi(announcement, all_reduce, fault_timeout)
 
 
 def check_counts(local: NDArray[Any], counts: Sequence[int], rank: int, size: int) -> None:

@@ -43,6 +43,10 @@ class Departure:
 
     called: Callable[[float], bool]
     """Sleeps so many seconds at most; True if rank 0 has sent something that this rank never took."""
+    goodbye: Callable[[], None] = staticmethod(lambda: None)
+    """Called when this rank leaves together with all others."""
+    where: Callable[[], str] = staticmethod(lambda: "")
+    """What this rank was doing last, such as `in layer 3 all_reduce`."""
 
     def __init__(self, comm: "MPI.Comm", name: Callable[[int], str], abort: Callable[[int], NoReturn]) -> None:
         """`comm` is for departures alone; `name` such as `rank 1 on node7`; `abort` ends all ranks."""
@@ -130,6 +134,12 @@ class Departure:
             # In one piece: other ranks may be writing too.
             lines = traceback.format_exception(kind, error, trace)
             sys.stderr.write(f"{self._name(self._comm.rank)}:\n{''.join(lines)}")
+        if not isinstance(error, TpcpuError):
+            name, what = (
+                self._name(self._comm.rank),
+                (f"{kind.__name__}: {error}" if str(error) else kind.__name__).splitlines()[0],
+            )
+            sys.stderr.write(f"tpcpu: error: {name} raised {what} {self.where()}\n")
         sys.stderr.flush()
 
     def _uncaught_in_thread(self, args: threading.ExceptHookArgs) -> None:
@@ -142,11 +152,13 @@ class Departure:
     def _end(self) -> None:
         """At the end of the program, before MPI's own."""
         if self._is_over():
+            self.goodbye()
             return
         try:
             if self._broken:
                 self._abort(1)
             if self._leave(_ENDED, FAILED_SECONDS if self._failed else float("inf")):
+                self.goodbye()
                 return
         except KeyboardInterrupt:
             self._abort(130)

@@ -20,6 +20,7 @@ from tpcpu.parallel.segments import named_segments, unlink_orphans
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # these ask for an end; the rest is for the ranks to interpret
+_WITNESS_SECONDS = 1.0
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -41,7 +42,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         sys.exit(f"tpcpu: cannot start {command[0]}: {error.strerror}")
     code = _watch(child, lifeline, woken, grace)
-    _end_descendants()
+    end_descendants()
     if code:
         unlink_orphans(segments)
     shutil.rmtree(folder, ignore_errors=True)
@@ -74,12 +75,16 @@ def _watch(child: subprocess.Popen[bytes], lifeline: int, woken: int, grace: flo
     return code
 
 
-def _end_descendants() -> None:
+def end_descendants() -> None:
     """Kill what is left of the tree and collect it; returns when nothing is left, or after two seconds."""
     deadline = time.monotonic() + 2.0
+    spared = time.monotonic() + _WITNESS_SECONDS
     while time.monotonic() < deadline:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         for child in children:
+            # which ends by itself, after it has told what happened
+            if time.monotonic() < spared and _is_witness(child):
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(child), signal.SIGKILL)
         try:
@@ -88,3 +93,9 @@ def _end_descendants() -> None:
         except ChildProcessError:
             return
         time.sleep(0.005)
+
+
+def _is_witness(child: str) -> bool:
+    with contextlib.suppress(OSError):
+        return b"witness.main()" in Path(f"/proc/{child}/cmdline").read_bytes()
+    return False

@@ -18,6 +18,7 @@ from typing import Any
 
 from tpcpu.errors import LaunchError
 from tpcpu.parallel.announcement import INTEL, MPICH, OPEN_MPI, announced
+from tpcpu.parallel.hostfile import Host
 from tpcpu.parallel.keeper import FORWARDED
 
 GRACE_SECONDS = 5.0
@@ -66,8 +67,11 @@ def find_mpiexec(environ: Mapping[str, str] = os.environ, executable: str = sys.
     )
 
 
-def command(ranks: int, argv: Sequence[str], mpiexec: Mpiexec | None = None) -> list[str]:
-    """The command line that runs `argv` as `ranks` ranks, unbound: ranks pin their own threads (`topology.py`)."""
+def command(ranks: int, argv: Sequence[str], mpiexec: Mpiexec | None = None, hosts: Sequence[Host] = ()) -> list[str]:
+    """The command line that runs `argv` as `ranks` ranks, unbound: ranks pin their own threads (`topology.py`).
+
+    On `hosts` in their order, each with the ranks that it holds; without any, here.
+    """
     if ranks < 1:
         raise LaunchError(f"{ranks} ranks cannot be started; at least 1 is needed")
     mpiexec = mpiexec or find_mpiexec()
@@ -80,6 +84,9 @@ def command(ranks: int, argv: Sequence[str], mpiexec: Mpiexec | None = None) -> 
         flags = ["-bind-to", "none"]
     elif mpiexec.kind == INTEL:
         flags = ["-genv", "I_MPI_PIN", "0"]
+    if hosts:
+        listed = ",".join(f"{host.name}:{host.ranks}" for host in hosts)
+        flags += ["--host" if mpiexec.kind == OPEN_MPI else "-hosts", listed]
     return [str(mpiexec.path), *flags, "-n", str(ranks), *argv]
 
 

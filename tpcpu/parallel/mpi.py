@@ -34,6 +34,7 @@ from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, 
 from tpcpu.parallel.departure import Departure, begin  # noqa: E402
 from tpcpu.parallel.doorbell import Doorbell  # noqa: E402
 from tpcpu.parallel.exchanges import two_shot_bytes  # noqa: E402
+from tpcpu.parallel.guardian import Guardian, Post, Watched, guard, guardian  # noqa: E402
 from tpcpu.parallel.lifeline import die_with_parent, parent_name  # noqa: E402
 from tpcpu.parallel.mailbox import ARRAY_BYTES, Mailbox  # noqa: E402
 from tpcpu.parallel.patience import Patience  # noqa: E402
@@ -55,7 +56,7 @@ _EXTRAS = {OPEN_MPI: "openmpi", MPICH: "mpich", INTEL: "impi"}
 class Mpi(Communicator):
     """The ranks of MPI_COMM_WORLD, on a duplicate of it."""
 
-    def __init__(self, announcement: Announcement, all_reduce: AllReduceKind) -> None:
+    def __init__(self, announcement: Announcement, all_reduce: AllReduceKind, fault_timeout: float) -> None:
         """Start MPI where nobody has, and meet the other ranks. Collective; LaunchError if they are not there."""
         _refuse_other_launcher(announcement)
         foreign = _foreign_segments()
@@ -72,7 +73,7 @@ class Mpi(Communicator):
         self._patience = Patience()
         self._departure: Departure | None = None
         self._messages = 0
-        self._meet()
+        self._meet(fault_timeout, foreign)
         window = self._share_memory() if all_reduce == "window" else None
         if all_reduce == "window":
             self.all_reduce_kind = "ordered" if window is None else "window" if len(self.hosts) == 1 else "hosts"
@@ -85,6 +86,10 @@ class Mpi(Communicator):
             self._hang_bells()
         self._departure = begin(MPI.COMM_WORLD.Dup, lambda rank: self._name([rank]), self.abort)
         self._departure.called = self._called
+        if (guarded := guardian()) is not None:
+            self._departure.goodbye = guarded.goodbye
+            self._departure.where = guarded.pulse.where
+            self.pulse = guarded.pulse
 
     def all_reduce(self, team: Team, wire: Wire = "float32") -> AllReduce:
         """The window, with the number of threads of every rank, or MPI's function with its handles, or both."""
@@ -196,6 +201,8 @@ class Mpi(Communicator):
 
     def abort(self, code: int) -> NoReturn:
         """MPI_Abort, after what was printed has been flushed."""
+        if (guarded := guardian()) is not None:
+            guarded.told()
         sys.stdout.flush()
         sys.stderr.flush()
         self._mpi.Abort(code)
@@ -216,14 +223,17 @@ class Mpi(Communicator):
         self._bell.wait(seconds)
         return self._bell.count > self._messages
 
-    def _meet(self) -> None:
+    def _meet(self, fault_timeout: float, foreign: frozenset[str]) -> None:
         """Learn who is on which host: the first collective over all ranks, with which every host's segments exist."""
         self._host = _split_by_host(self._mpi)
         first = self._host.bcast(self.rank, root=0)
-        met = self.all_gather_object((first, MPI.Get_processor_name()))
-        firsts = sorted({first for first, _ in met})
+        post = Post(MPI.Get_processor_name()) if first == self.rank and guardian() is None else None
+        met = self.all_gather_object((first, MPI.Get_processor_name(), post.offer if post is not None else {}))
+        firsts = sorted({first for first, *_ in met})
         self.hosts = tuple(met[first][1] for first in firsts)
-        self.host_of = tuple(firsts.index(first) for first, _ in met)
+        self.host_of = tuple(firsts.index(first) for first, *_ in met)
+        if guardian() is None:
+            self._go_under_watch(post, [met[first][2] for first in firsts], fault_timeout, foreign)
         if len(self.hosts) > 1:
             self._slices = min(self.host_of.count(host) for host in range(len(self.hosts)))
             color = self.host_rank if self.host_rank < self._slices else MPI.UNDEFINED
@@ -232,6 +242,26 @@ class Mpi(Communicator):
             self._leaders = self._mpi.Split(0 if self.host_rank == 0 else MPI.UNDEFINED, self.rank)
         # the rank that comes last has mapped what there is to map: from here on no segment needs its name
         self.barrier()
+
+    def _go_under_watch(
+        self, post: Post | None, offers: list[dict[str, Any]], fault_timeout: float, foreign: frozenset[str]
+    ) -> None:
+        """Have the host's first rank start a witness, and call it. `post` and `offers`: where the hosts' will be."""
+        starter = None if post is None else post.start(self.hosts, self.host_of, offers, fault_timeout)
+        # Where the witness of a job's first host is gone, nobody but a rank there can say so.
+        watched = Watched(self.rank, self.host, speaks=self.rank == 0)
+        try:
+            one = Guardian(
+                watched, offers[self.host_of[self.rank]]["name"], fault_timeout, sorted(mapped_segments() - foreign)
+            )
+        except OSError as error:
+            sys.stderr.write(
+                f"tpcpu: note: {self._name([self.rank])} cannot call its host's witness ({error.strerror}), and is "
+                f"not watched\n"
+            )
+            return
+        one.start(starter)
+        guard(one)
 
     def _hang_bells(self) -> None:
         """Give every rank a bell, and find out whom rank 0 can ring: its host's ranks, unless containers part them."""

@@ -47,7 +47,10 @@ class Team:
     does in between, and the threads that it starts, are its own affair.
     """
 
-    def __init__(self, cpus: Sequence[int], *, pinned: bool = True, crowded: bool = False) -> None:
+    def __init__(
+        self, cpus: Sequence[int], *, pinned: bool = True, crowded: bool = False, note: int | None = None
+    ) -> None:
+        """`note`: the address of two words in which others watch the team at work (see `team_layout.NOTE`)."""
         prepare([compiled.run, compiled.work, compiled.wake])
         self.threads = len(cpus)
         self._run = _KERNEL(compiled.run.address)
@@ -61,6 +64,8 @@ class Team:
         self._set(layout.IDLE_SPINS, SPINS_CROWDED if crowded else IDLE_SPINS)
         self._set(layout.FUTEX_CALL, FUTEX_CALLS[platform.machine()])
         self._set(layout.TIMEOUT, SLEEP_SECONDS)
+        self._unwatched = aligned(2)
+        self._set(layout.NOTE, note or self._unwatched.ctypes.data)
         self._place = {cpus[0]} if pinned else None
         self._numbers = 0
         self._workers = [

@@ -1,0 +1,70 @@
+"""A rank on another host that dies, and a link that goes down: told once, where rank 0 is, and ended on every host."""
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.networks import hosts, missing
+from tests.e2e.processes import Family, family
+from tests.e2e.test_faults import LINE, TIMEOUT, WHERE, start
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+def rank_of(started: Family, number: int) -> int:
+    """Of the processes that run the program, the one with this rank."""
+    for pid, command in started.members().items():
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if command.startswith(sys.executable) and f"PMI_RANK={number}".encode() in variables:
+            return pid
+    raise AssertionError(f"no rank {number}: {started.members()}")
+
+
+def test_a_rank_of_another_host_is_killed(tmp_path):
+    with hosts(2, tmp_path) as made, family([*made.mpiexec([1, 2]), *start(tmp_path)[3:]], tmp_path) as started:
+        started.say_until("begun")
+        victim, since = rank_of(started, 2), time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        code, _, err = started.end()
+        assert code != 0
+        assert time.monotonic() - since < TIMEOUT + 2
+        (line,) = LINE.findall(err)
+        assert re.fullmatch(rf"rank 2 on hostb \(pid {victim}\) (was killed by signal 9.*|died) {WHERE}", line), line
+        started.assert_nothing_left()
+
+
+def test_a_rank_of_another_host_is_stopped(tmp_path):
+    with hosts(2, tmp_path) as made, family([*made.mpiexec([1, 1]), *start(tmp_path)[3:]], tmp_path) as started:
+        started.say_until("begun")
+        victim, since = rank_of(started, 1), time.monotonic()
+        os.kill(victim, signal.SIGSTOP)
+        code, _, err = started.end()
+        assert code != 0
+        assert time.monotonic() - since < TIMEOUT + 2
+        (line,) = LINE.findall(err)
+        assert re.fullmatch(rf"rank 1 on hostb \(pid {victim}\) was stopped {WHERE} and does not go on", line), line
+        started.assert_nothing_left()
+
+
+def test_a_link_goes_down(tmp_path):
+    """Both sides find out by themselves, and end."""
+    with hosts(2, tmp_path) as made, family([*made.mpiexec([1, 2]), *start(tmp_path)[3:]], tmp_path) as started:
+        started.say_until("begun")
+        ranks = [rank_of(started, number) for number in range(3)]
+        since = time.monotonic()
+        made.cut(1)
+        deadline = since + TIMEOUT + 2
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            assert time.monotonic() < deadline, started.members()
+            time.sleep(0.05)
+        code, _, err = started.end()
+        assert code != 0
+        assert time.monotonic() - since < TIMEOUT + 5
+        (line,) = LINE.findall(err)
+        assert re.fullmatch(rf"host hostb \(ranks 1, 2\) does not answer, while rank 0 {WHERE}", line), line
+        started.assert_nothing_left()
