@@ -135,11 +135,8 @@ class Departure:
             lines = traceback.format_exception(kind, error, trace)
             sys.stderr.write(f"{self._name(self._comm.rank)}:\n{''.join(lines)}")
         if not isinstance(error, TpcpuError):
-            name, what = (
-                self._name(self._comm.rank),
-                (f"{kind.__name__}: {error}" if str(error) else kind.__name__).splitlines()[0],
-            )
-            sys.stderr.write(f"tpcpu: error: {name} raised {what} {self.where()}\n")
+            what = "".join(traceback.format_exception_only(kind, error)).splitlines()[0]
+            sys.stderr.write(f"tpcpu: error: {self._name(self._comm.rank)} raised {what} {self.where()}\n")
         sys.stderr.flush()
 
     def _uncaught_in_thread(self, args: threading.ExceptHookArgs) -> None:

@@ -20,8 +20,10 @@ from tpcpu.parallel.segments import named_segments, unlink_orphans
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # these ask for an end; the rest is for the ranks to interpret
-_WITNESS_SECONDS = 1.0
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+_WITNESS_SECONDS = 1.0
+"""For a witness to tell what it saw, and to take away what the launcher left."""
 
 
 def main() -> None:
