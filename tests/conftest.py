@@ -1,6 +1,8 @@
 """For all tests: the long ones are left out unless asked for, and no MPI segment stays behind."""
 
+import signal
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 
@@ -11,6 +13,15 @@ from tpcpu.parallel.segments import named_segments, unlink_orphans
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--full` adds the tests marked full."""
     parser.addoption("--full", action="store_true", help="run the tests marked full too")
+
+
+def pytest_configure() -> None:
+    """A run that is ended at a limit takes away what its tests have set up: hosts, daemons, ranks."""
+
+    def end(number: int, frame: object) -> NoReturn:  # noqa: ARG001
+        pytest.exit("ended by SIGTERM", 143)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -70,6 +70,11 @@ class Hosts:
         """The command line that runs `argv` on a host."""
         return [str(self.script), name, shlex.join(map(str, argv))]
 
+    def inside(self, argv: Sequence[str | Path]) -> list[str]:
+        """A program on the first host, whose mpiexec (MPICH's) reaches the others without being told how."""
+        variables = ["HYDRA_LAUNCHER=ssh", f"HYDRA_LAUNCHER_EXEC={self.script}"]
+        return self.on(self.names[0], ["env", *variables, *argv])
+
     def command(
         self, ranks_per_host: Sequence[int], argv: Sequence[str | Path], flavour: Flavour, mpiexec: str = "mpiexec"
     ) -> list[str]:

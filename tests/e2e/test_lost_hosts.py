@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.networks import hosts, missing
 from tests.e2e.processes import Family, family
 from tests.e2e.test_faults import LINE, TIMEOUT, WHERE, start
+from tests.hosts import Hosts, hosts, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+def job(made: Hosts, folder: Path) -> list[str]:
+    """A rank on the first host, and two on the second."""
+    return made.command([1, 2], start(folder)[3:], "mpich")
 
 
 def rank_of(started: Family, number: int) -> int:
@@ -25,39 +30,34 @@ def rank_of(started: Family, number: int) -> int:
     raise AssertionError(f"no rank {number}: {started.members()}")
 
 
-def test_a_rank_of_another_host_is_killed(tmp_path):
-    with hosts(2, tmp_path) as made, family([*made.mpiexec([1, 2]), *start(tmp_path)[3:]], tmp_path) as started:
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGKILL, rf"(was killed by signal 9.*|died) {WHERE}"),
+        (signal.SIGSTOP, rf"was stopped {WHERE} and does not go on"),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_a_rank_of_another_host_is_lost(tmp_path, number, told):
+    with hosts(2, tmp_path) as made, family(job(made, tmp_path), tmp_path) as started:
         started.say_until("begun")
         victim, since = rank_of(started, 2), time.monotonic()
-        os.kill(victim, signal.SIGKILL)
+        os.kill(victim, number)
         code, _, err = started.end()
         assert code != 0
         assert time.monotonic() - since < TIMEOUT + 2
         (line,) = LINE.findall(err)
-        assert re.fullmatch(rf"rank 2 on hostb \(pid {victim}\) (was killed by signal 9.*|died) {WHERE}", line), line
-        started.assert_nothing_left()
-
-
-def test_a_rank_of_another_host_is_stopped(tmp_path):
-    with hosts(2, tmp_path) as made, family([*made.mpiexec([1, 1]), *start(tmp_path)[3:]], tmp_path) as started:
-        started.say_until("begun")
-        victim, since = rank_of(started, 1), time.monotonic()
-        os.kill(victim, signal.SIGSTOP)
-        code, _, err = started.end()
-        assert code != 0
-        assert time.monotonic() - since < TIMEOUT + 2
-        (line,) = LINE.findall(err)
-        assert re.fullmatch(rf"rank 1 on hostb \(pid {victim}\) was stopped {WHERE} and does not go on", line), line
+        assert re.fullmatch(rf"rank 2 on {made.names[1]} \(pid {victim}\) {told}", line), line
         started.assert_nothing_left()
 
 
 def test_a_link_goes_down(tmp_path):
     """Both sides find out by themselves, and end."""
-    with hosts(2, tmp_path) as made, family([*made.mpiexec([1, 2]), *start(tmp_path)[3:]], tmp_path) as started:
+    with hosts(2, tmp_path) as made, family(job(made, tmp_path), tmp_path) as started:
         started.say_until("begun")
         ranks = [rank_of(started, number) for number in range(3)]
         since = time.monotonic()
-        made.cut(1)
+        made.link_down(made.names[1])
         deadline = since + TIMEOUT + 2
         while any(Path(f"/proc/{pid}").exists() for pid in ranks):
             assert time.monotonic() < deadline, started.members()
@@ -66,5 +66,5 @@ def test_a_link_goes_down(tmp_path):
         assert code != 0
         assert time.monotonic() - since < TIMEOUT + 5
         (line,) = LINE.findall(err)
-        assert re.fullmatch(rf"host hostb \(ranks 1, 2\) does not answer, while rank 0 {WHERE}", line), line
+        assert re.fullmatch(rf"host {made.names[1]} \(ranks 1, 2\) does not answer, while rank 0 {WHERE}", line), line
         started.assert_nothing_left()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.networks import hosts, missing
 from tests.e2e.processes import Family, family
 from tests.e2e.test_faults import PROGRAM, TIMEOUT
+from tests.hosts import hosts, missing
 
 SUPERVISE = [sys.executable, "-m", "tpcpu", "supervise", "--json", "--log", "log", "--fault-timeout", str(TIMEOUT)]
 TRIES = 'echo x >> tries; n=$(wc -l < tries); echo "tpcpu: error: rank 3 on b died" >&2; '
@@ -104,16 +104,16 @@ def test_a_host_is_left_out(tmp_path):
         )
     )
     with hosts(2, tmp_path) as made:
-        first, second = made.addresses
+        first, second = made.names
         (tmp_path / "hosts").write_text(f"# a comment\n{first}:1\n{second} slots=2\n")
         inside = made.inside([*SUPERVISE, "--hostfile", "hosts", "--ranks", "3", "--", sys.executable, "program.py"])
         with family(inside, tmp_path) as started:
             started.say_until("begun")
             (tmp_path / "go").touch()
-            made.cut(1)
+            made.link_down(second)
             done = summary(started)
     assert (done["exit_code"], done["restarts"]) == (0, 1), done
-    assert re.match(r"host hostb \(ranks 1, 2\) does not answer", done["runs"][0]["error"])
+    assert re.match(rf"host {second} \(ranks 1, 2\) does not answer", done["runs"][0]["error"])
     log = log_of(tmp_path)
     assert f"host {second} does not answer, and is left out" in log
     assert any(line.startswith(f"start 2 with 1 ranks on {first}:") for line in log), log
