@@ -41,19 +41,19 @@ _FOR_EVER = 1 << 62
 
 
 @helper
-def _word(record, word):
-    return load_i64(record + 8 * word)
+def word(record, number):
+    return load_i64(record + 8 * number)
 
 
 @helper
-def _entry(table, rank):
+def entry(table, rank):
     return table + 8 * (W.ENTRIES + W.ENTRY_WORDS * rank)
 
 
 @helper
-def _begin(record, table, thread, uses):
+def begin_uses(record, table, thread, uses):
     """The number before this message's first; sees to the next message's."""
-    counters, half = _word(table, W.COUNTERS), _word(record, R.HALF)
+    counters, half = word(table, W.COUNTERS), word(record, R.HALF)
     number = load_i64(counters + half * W.LINE)
     if thread == 0:
         store_i64(counters + (1 - half) * W.LINE, number + uses)
@@ -61,8 +61,8 @@ def _begin(record, table, thread, uses):
 
 
 @helper
-def _post(table, thread, number, team):
-    line = _word(_entry(table, _word(table, W.RANK)), W.LINES) + thread * W.LINE
+def post_use(table, thread, number, team):
+    line = word(entry(table, word(table, W.RANK)), W.LINES) + thread * W.LINE
     post_at(line, number, team, line + W.WAITERS)
 
 
@@ -74,9 +74,9 @@ def note_wait(team, thread, begin):
 
 
 @helper
-def _await(table, rank, first, last, number, team):
+def await_threads(table, rank, first, last, number, team):
     """Until threads `first` to `last` of a rank have posted `number`. False if the team is aborted."""
-    lines, spins = _word(_entry(table, rank), W.LINES), load_i64(team + SPINS)
+    lines, spins = word(entry(table, rank), W.LINES), load_i64(team + SPINS)
     for thread in range(first, last + 1):
         line = lines + thread * W.LINE
         if wait_at(line, number, team, spins, line + W.WAITERS, _FOR_EVER):
@@ -112,8 +112,8 @@ def _sum(table, at, own, count, residual, bias, out):
 
     This rank's own is read at `own`. Writes `count` float32 and leaves what lies behind them.
     """
-    ranks, me = _word(table, W.RANKS), _word(table, W.RANK)
-    entries = _entry(table, 0)
+    ranks, me = word(table, W.RANKS), word(table, W.RANK)
+    entries = entry(table, 0)
     first = own if me == 0 else load_i64(entries) + at
     whole = 4 * (count // (4 * LANES) * 4 * LANES)
     i = 0
@@ -150,39 +150,39 @@ def exchange_one(record, thread, threads):
     unit (see `linear.py`): thread u of T, where u / T <= (panel + 1 / spans) / panels; or by one of those that help
     it. How many spans the panels of another rank have is not known here, so this waits for whoever it might be.
     """
-    table, team = _word(record, R.WINDOW), _word(_word(record, R.STEP), R.TEAM)
-    number = _begin(record, table, thread, 1) + 1
-    width, rank = _word(record, R.WIDTH), _word(table, W.RANK)
+    table, team = word(record, R.WINDOW), word(word(record, R.STEP), R.TEAM)
+    number = begin_uses(record, table, thread, 1) + 1
+    width, rank = word(record, R.WIDTH), word(table, W.RANK)
     panels = (width + ROWS - 1) // ROWS
-    at = _word(record, R.HALF) * _word(table, W.HALF_BYTES) + _word(record, R.PLACE)
-    if not _word(record, R.DIRECT):
-        own = _word(_entry(table, rank), W.PART) + at
+    at = word(record, R.HALF) * word(table, W.HALF_BYTES) + word(record, R.PLACE)
+    if not word(record, R.DIRECT):
+        own = word(entry(table, rank), W.PART) + at
         first, last = ROWS * (panels * thread // threads), ROWS * (panels * (thread + 1) // threads)
         for i in range(first, min(last, width), LANES):
-            v.store_first(own + 4 * i, v.load(_word(record, R.IN) + 4 * i), last - i)
-    _post(table, thread, number, team)
+            v.store_first(own + 4 * i, v.load(word(record, R.IN) + 4 * i), last - i)
+    post_use(table, thread, number, team)
 
     blocks = (width + BLOCK - 1) // BLOCK
     first, last = blocks * thread // threads * BLOCK, min(blocks * (thread + 1) // threads * BLOCK, width)
     if first >= last:
         return
     began = cycles()
-    for other in range(_word(table, W.RANKS)):
-        theirs = _word(_entry(table, other), W.THREADS)
+    for other in range(word(table, W.RANKS)):
+        theirs = word(entry(table, other), W.THREADS)
         earliest = first // ROWS * theirs // panels
         latest = min(((last - 1) // ROWS * theirs + theirs - 1) // panels, theirs - 1)
-        if not _await(table, other, max(earliest - HELPED, 0), latest, number, team):
+        if not await_threads(table, other, max(earliest - HELPED, 0), latest, number, team):
             return
         # Helpers of the first threads are the last ones.
         wrapped = max(theirs - max(HELPED - earliest, 0), latest + 1)
-        if not _await(table, other, wrapped, theirs - 1, number, team):
+        if not await_threads(table, other, wrapped, theirs - 1, number, team):
             return
     note_wait(team, thread, began)
-    residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
-    own = _word(_entry(table, rank), W.PART) + at if _word(record, R.DIRECT) else _word(record, R.IN)
+    residual, bias = word(record, R.SECOND), word(record, R.BIAS)
+    own = word(entry(table, rank), W.PART) + at if word(record, R.DIRECT) else word(record, R.IN)
     _sum(
         table, at + 4 * first, own + 4 * first, last - first,
-        residual + 4 * first if residual else 0, bias + 4 * first if bias else 0, _word(record, R.OUT) + 4 * first,
+        residual + 4 * first if residual else 0, bias + 4 * first if bias else 0, word(record, R.OUT) + 4 * first,
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def exchange_one(record, thread, threads):
 @helper
 def _run(record, block, last):
     """The token of a block, its first feature, how many blocks of the token follow before `last`, their features."""
-    width = _word(record, R.WIDTH)
+    width = word(record, R.WIDTH)
     row = (width + BLOCK - 1) // BLOCK
     token = block // row
     first = (block - token * row) * BLOCK
@@ -203,12 +203,12 @@ def _run(record, block, last):
 @helper
 def _places(record, token, feature):
     """Where a feature of a token is in the residual and the bias, 0 for what is not there, and in the result."""
-    residual, bias = _word(record, R.SECOND), _word(record, R.BIAS)
+    residual, bias = word(record, R.SECOND), word(record, R.BIAS)
     if residual:
-        residual += token * _word(record, R.SECOND_STRIDE) + 4 * feature
+        residual += token * word(record, R.SECOND_STRIDE) + 4 * feature
     if bias:
         bias += 4 * feature
-    return residual, bias, _word(record, R.OUT) + token * _word(record, R.OUT_STRIDE) + 4 * feature
+    return residual, bias, word(record, R.OUT) + token * word(record, R.OUT_STRIDE) + 4 * feature
 
 
 @helper
@@ -217,7 +217,7 @@ def _fill(record, begin, first, last, half):
     block = first
     while block < last:
         token, feature, blocks, _ = _run(record, block, last)
-        source = _word(record, R.IN) + token * _word(record, R.IN_STRIDE) + 4 * feature
+        source = word(record, R.IN) + token * word(record, R.IN_STRIDE) + 4 * feature
         _copy(source, half + 4 * BLOCK * (block - begin), blocks * BLOCK)
         block += blocks
 
@@ -229,13 +229,13 @@ def _collect(record, table, begin, first, last, at):
     while block < last:
         token, feature, blocks, count = _run(record, block, last)
         residual, bias, out = _places(record, token, feature)
-        own = _word(record, R.IN) + token * _word(record, R.IN_STRIDE) + 4 * feature
+        own = word(record, R.IN) + token * word(record, R.IN_STRIDE) + 4 * feature
         _sum(table, at + 4 * BLOCK * (block - begin), own, count, residual, bias, out)
         block += blocks
 
 
 @helper
-def _deliver(record, part, begin, first, last):
+def deliver(record, part, begin, first, last):
     """As `_collect`, of sums that one rank has already."""
     block = first
     while block < last:
@@ -248,10 +248,10 @@ def _deliver(record, part, begin, first, last):
 
 
 @helper
-def _place(record, table, piece):
+def place_of(record, table, piece):
     """Where in a half pieces of so many blocks begin: at the message's own place if there is room behind it."""
-    place = _word(record, R.PLACE)
-    return place if place + 4 * BLOCK * piece <= _word(table, W.HALF_BYTES) else 0
+    place = word(record, R.PLACE)
+    return place if place + 4 * BLOCK * piece <= word(table, W.HALF_BYTES) else 0
 
 
 @helper
@@ -264,10 +264,10 @@ def _owner(block, blocks, threads):
 def _in_one_shot(record, table, thread, number, team, begin, low, high, first, last, piece, at):
     """One piece, whatever the other ranks' threads; this one adds blocks `first` to `last` of a whole piece's."""
     began = cycles()
-    for other in range(_word(table, W.RANKS)):
-        theirs = _word(_entry(table, other), W.THREADS)
+    for other in range(word(table, W.RANKS)):
+        theirs = word(entry(table, other), W.THREADS)
         earliest, latest = _owner(first, piece, theirs), _owner(last - 1, piece, theirs)
-        if not _await(table, other, earliest, latest, number, team):
+        if not await_threads(table, other, earliest, latest, number, team):
             return False
     note_wait(team, thread, began)
     _collect(record, table, begin, low, high, at)
@@ -277,24 +277,24 @@ def _in_one_shot(record, table, thread, number, team, begin, low, high, first, l
 @helper
 def _in_two_shots(record, table, thread, number, team, begin, low, high, at):
     """One piece where thread t needs only threads t: each rank adds a share of it and gives it to the others."""
-    ranks, rank = _word(table, W.RANKS), _word(table, W.RANK)
+    ranks, rank = word(table, W.RANKS), word(table, W.RANK)
     count = high - low
     began = cycles()
     for other in range(ranks):
-        if not _await(table, other, thread, thread, number, team):
+        if not await_threads(table, other, thread, thread, number, team):
             return False
     note_wait(team, thread, began)
     mine, stop = low + count * rank // ranks, low + count * (rank + 1) // ranks
     place = at + 4 * BLOCK * (mine - begin)
     # To where this rank's own part lay, which nobody else reads.
-    own = _word(_entry(table, rank), W.PART) + place
+    own = word(entry(table, rank), W.PART) + place
     _sum(table, place, own, (stop - mine) * BLOCK, 0, 0, own)
-    _post(table, thread, number + 1, team)
+    post_use(table, thread, number + 1, team)
     for other in range(ranks):
-        if not _await(table, other, thread, thread, number + 1, team):
+        if not await_threads(table, other, thread, thread, number + 1, team):
             return False
-        part = _word(_entry(table, other), W.PART) + at
-        _deliver(record, part, begin, low + count * other // ranks, low + count * (other + 1) // ranks)
+        part = word(entry(table, other), W.PART) + at
+        deliver(record, part, begin, low + count * other // ranks, low + count * (other + 1) // ranks)
     return True
 
 
@@ -305,25 +305,25 @@ def exchange_many(record, thread, threads):
     In one shot every rank adds everything; in two, each adds its share and the others take the sums from it. The order
     of adding is the same.
     """
-    step, table = _word(record, R.STEP), _word(record, R.WINDOW)
-    team, half_bytes = _word(step, R.TEAM), _word(table, W.HALF_BYTES)
-    blocks = _word(step, R.TOKENS) * ((_word(record, R.WIDTH) + BLOCK - 1) // BLOCK)
+    step, table = word(record, R.STEP), word(record, R.WINDOW)
+    team, half_bytes = word(step, R.TEAM), word(table, W.HALF_BYTES)
+    blocks = word(step, R.TOKENS) * ((word(record, R.WIDTH) + BLOCK - 1) // BLOCK)
     # An odd number of pieces, all of one size but the last.
     pieces = (4 * BLOCK * blocks + min(half_bytes, PIECE_BYTES) - 1) // min(half_bytes, PIECE_BYTES) | 1
     piece = (blocks + pieces - 1) // pieces
-    aligned = _word(table, W.ALIGNED)
-    two = aligned and 4 * BLOCK * blocks >= _word(record, R.TWO_SHOT)
+    aligned = word(table, W.ALIGNED)
+    two = aligned and 4 * BLOCK * blocks >= word(record, R.TWO_SHOT)
     posts = 2 if two else 1
-    number = _begin(record, table, thread, pieces * posts)
+    number = begin_uses(record, table, thread, pieces * posts)
     # The division is that of a whole piece, also where the last one is shorter.
     first, last = piece * thread // threads, piece * (thread + 1) // threads
-    place = _place(record, table, piece)
+    place = place_of(record, table, piece)
     for use in range(pieces):
-        at = ((_word(record, R.HALF) + use) & 1) * half_bytes + place
+        at = ((word(record, R.HALF) + use) & 1) * half_bytes + place
         begin = min(use * piece, blocks)
         low, high = min(begin + first, blocks), min(begin + last, blocks)
-        _fill(record, begin, low, high, _word(_entry(table, _word(table, W.RANK)), W.PART) + at)
-        _post(table, thread, number + 1, team)
+        _fill(record, begin, low, high, word(entry(table, word(table, W.RANK)), W.PART) + at)
+        post_use(table, thread, number + 1, team)
         going = True
         if two:
             going = _in_two_shots(record, table, thread, number + 1, team, begin, low, high, at)
@@ -337,10 +337,10 @@ def exchange_many(record, thread, threads):
 @kernel("exchange-meet")
 def meet(record, thread, _threads):
     """A use of a half without a message: makes their number in a program even."""
-    table, team = _word(record, R.WINDOW), _word(_word(record, R.STEP), R.TEAM)
-    number = _begin(record, table, thread, 1) + 1
+    table, team = word(record, R.WINDOW), word(word(record, R.STEP), R.TEAM)
+    number = begin_uses(record, table, thread, 1) + 1
     if thread == 0:
-        _post(table, 0, number, team)
-        for other in range(_word(table, W.RANKS)):
-            if not _await(table, other, 0, 0, number, team):
+        post_use(table, 0, number, team)
+        for other in range(word(table, W.RANKS)):
+            if not await_threads(table, other, 0, 0, number, team):
                 return

@@ -17,7 +17,18 @@ Knows the window's table and how a C function is called; must not know MPI beyon
 from tpcpu.kernels import record as R
 from tpcpu.kernels import window_layout as W
 from tpcpu.kernels.compile import helper, kernel
-from tpcpu.kernels.exchange import LANES, PIECE_BYTES, _await, _begin, _deliver, _entry, _place, _post, _word, note_wait
+from tpcpu.kernels.exchange import (
+    LANES,
+    PIECE_BYTES,
+    await_threads,
+    begin_uses,
+    deliver,
+    entry,
+    note_wait,
+    place_of,
+    post_use,
+    word,
+)
 from tpcpu.kernels.memory import call_c, cycles, store_i64
 from tpcpu.kernels.record import BLOCK
 from tpcpu.kernels.simd import vectors as v
@@ -26,26 +37,26 @@ from tpcpu.kernels.simd import vectors as v
 @helper
 def _blocks(record):
     """Of the whole message: tokens, each of whole blocks, behind one another."""
-    tokens = _word(_word(record, R.STEP), R.TOKENS)
-    return tokens * ((_word(record, R.WIDTH) + BLOCK - 1) // BLOCK)
+    tokens = word(word(record, R.STEP), R.TOKENS)
+    return tokens * ((word(record, R.WIDTH) + BLOCK - 1) // BLOCK)
 
 
 @helper
 def _bytes(record):
     """Of a number on the way."""
-    return 2 if _word(record, R.IS_ROUNDED) else 4
+    return 2 if word(record, R.IS_ROUNDED) else 4
 
 
 @kernel("round-slice")
 def round_slice(record, thread, threads):
     """This rank's slice of the sums to bf16."""
-    part, parts = _word(record, R.SLICE), _word(record, R.SLICES)
+    part, parts = word(record, R.SLICE), word(record, R.SLICES)
     if part < parts:
         blocks = _blocks(record)
         begin = blocks * part // parts
         count = blocks * (part + 1) // parts - begin
         first, last = begin + count * thread // threads, begin + count * (thread + 1) // threads
-        sums, out = _word(record, R.SUMS), _word(record, R.ROUNDED)
+        sums, out = word(record, R.SUMS), word(record, R.ROUNDED)
         for i in range(first * BLOCK, last * BLOCK, LANES):
             v.store_bf16(out + 2 * i, v.load(sums + 4 * i))
 
@@ -53,18 +64,18 @@ def round_slice(record, thread, threads):
 @kernel("gather-slices")
 def gather_slices(record, thread, _threads):
     """Sends this rank's slice to its like on the other hosts, and receives theirs, in host order."""
-    part, parts = _word(record, R.SLICE), _word(record, R.SLICES)
+    part, parts = word(record, R.SLICE), word(record, R.SLICES)
     if thread == 0 and part < parts:
         blocks = _blocks(record)
         begin = blocks * part // parts
         count = (blocks * (part + 1) // parts - begin) * BLOCK
         if count:
-            source = _word(record, R.ROUNDED) if _word(record, R.IS_ROUNDED) else _word(record, R.SUMS)
-            datatype, team = _word(record, R.WIRE_DATATYPE), _word(_word(record, R.STEP), R.TEAM)
+            source = word(record, R.ROUNDED) if word(record, R.IS_ROUNDED) else word(record, R.SUMS)
+            datatype, team = word(record, R.WIRE_DATATYPE), word(word(record, R.STEP), R.TEAM)
             began = cycles()
             status = call_c(
-                _word(record, R.WIRE_FUNCTION), source + _bytes(record) * BLOCK * begin, count, datatype,
-                _word(record, R.RECEIVED), count, datatype, _word(record, R.WIRE_COMMUNICATOR),
+                word(record, R.WIRE_FUNCTION), source + _bytes(record) * BLOCK * begin, count, datatype,
+                word(record, R.RECEIVED), count, datatype, word(record, R.WIRE_COMMUNICATOR),
             )  # fmt: skip
             note_wait(team, 0, began)
             store_i64(record + 8 * R.STATUS, status)
@@ -73,8 +84,8 @@ def gather_slices(record, thread, _threads):
 @helper
 def _sum_hosts(record, begin, first, last, stop, out):
     """Adds up blocks `first` to `last` of all hosts, in host order; this rank's slice goes from `begin` to `stop`."""
-    hosts, received = _word(record, R.HOSTS), _word(record, R.RECEIVED)
-    rounded = _word(record, R.IS_ROUNDED)
+    hosts, received = word(record, R.HOSTS), word(record, R.RECEIVED)
+    rounded = word(record, R.IS_ROUNDED)
     size = _bytes(record)
     apart = size * BLOCK * (stop - begin)
     source = received + size * BLOCK * (first - begin)
@@ -93,32 +104,32 @@ def share_slices(record, thread, threads):
 
     Of one token a thread writes the slice of features that is its own in all activations.
     """
-    table, team = _word(record, R.WINDOW), _word(_word(record, R.STEP), R.TEAM)
-    half_bytes, blocks = _word(table, W.HALF_BYTES), _blocks(record)
+    table, team = word(record, R.WINDOW), word(word(record, R.STEP), R.TEAM)
+    half_bytes, blocks = word(table, W.HALF_BYTES), _blocks(record)
     pieces = (4 * BLOCK * blocks + min(half_bytes, PIECE_BYTES) - 1) // min(half_bytes, PIECE_BYTES) | 1
     piece = (blocks + pieces - 1) // pieces
-    number = _begin(record, table, thread, pieces)
-    place = _place(record, table, piece)
-    part, parts, rank = _word(record, R.SLICE), _word(record, R.SLICES), _word(table, W.RANK)
+    number = begin_uses(record, table, thread, pieces)
+    place = place_of(record, table, piece)
+    part, parts, rank = word(record, R.SLICE), word(record, R.SLICES), word(table, W.RANK)
     begin, stop = blocks * part // parts, blocks * (part + 1) // parts
     for use in range(pieces):
-        at = ((_word(record, R.HALF) + use) & 1) * half_bytes + place
+        at = ((word(record, R.HALF) + use) & 1) * half_bytes + place
         low = min(use * piece, blocks)
         high = min(low + piece, blocks)
         if part < parts:
             mine, count = max(low, begin), max(min(high, stop) - max(low, begin), 0)
             first, last = mine + count * thread // threads, mine + count * (thread + 1) // threads
-            own = _word(_entry(table, rank), W.PART) + at
+            own = word(entry(table, rank), W.PART) + at
             _sum_hosts(record, begin, first, last, stop, own + 4 * BLOCK * (first - low))
         number += 1
-        _post(table, thread, number, team)
+        post_use(table, thread, number, team)
         began = cycles()
-        for other in range(_word(table, W.RANKS)):
-            if not _await(table, other, 0, _word(_entry(table, other), W.THREADS) - 1, number, team):
+        for other in range(word(table, W.RANKS)):
+            if not await_threads(table, other, 0, word(entry(table, other), W.THREADS) - 1, number, team):
                 return
         note_wait(team, thread, began)
         first, last = low + (high - low) * thread // threads, low + (high - low) * (thread + 1) // threads
         for other in range(parts):
             theirs, until = max(first, blocks * other // parts), min(last, blocks * (other + 1) // parts)
             if theirs < until:
-                _deliver(record, _word(_entry(table, other), W.PART) + at, low, theirs, until)
+                deliver(record, word(entry(table, other), W.PART) + at, low, theirs, until)
