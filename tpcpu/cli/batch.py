@@ -6,6 +6,7 @@ Knows flags, streams and signals, and which rank does what. The work is in `tpcp
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +113,9 @@ def _answer(args: argparse.Namespace, params: "SamplingParams", stop: Stop) -> i
         with stop.noting():
             # The others follow, and end with the code that rank 0 found.
             code = model.together(lambda scheduler, tokenizer: _run(root, scheduler, tokenizer, model.info.context))
+            slow = [asdict(each) for each in model.slow_ranks]
             model.close()
-            return root.end(code) if root is not None else code
+            return root.end(code, slow) if root is not None else code
     finally:
         if root is not None:
             root.close()
@@ -209,7 +211,7 @@ class _Root:
             return error.exit_code
         return self._stop.exit_code if self._outcome.stopped else 0
 
-    def end(self, code: int) -> int:
+    def end(self, code: int, slow_ranks: Sequence[dict[str, Any]] = ()) -> int:
         """What is said at the end; the exit code. Raises what went wrong."""
         if self._problem is not None:
             raise self._problem
@@ -225,7 +227,7 @@ class _Root:
             told += "; stopped before the end: run the same command again to go on"
         output.note(told)
         output.result(
-            {"output": str(store.output), "finished": store.finished, **figures}
+            {"output": str(store.output), "finished": store.finished, "slow_ranks": slow_ranks, **figures}
             | {"answers": store.answers, "errors": store.problems}
         )
         return code
