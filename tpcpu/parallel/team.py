@@ -64,7 +64,7 @@ class Team:
         self._set(layout.IDLE_SPINS, SPINS_CROWDED if crowded else IDLE_SPINS)
         self._set(layout.FUTEX_CALL, FUTEX_CALLS[platform.machine()])
         self._set(layout.TIMEOUT, SLEEP_SECONDS)
-        self._unwatched = aligned(2)
+        self._unwatched = aligned(layout.LINE // 8)
         self._set(layout.NOTE, note or self._unwatched.ctypes.data)
         self._place = {cpus[0]} if pinned else None
         self._numbers = 0
