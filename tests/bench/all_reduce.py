@@ -15,7 +15,7 @@ import numpy as np
 
 from tpcpu.parallel.communicator import connect
 from tpcpu.parallel.exchanges import Exchanges
-from tpcpu.parallel.mpi import library_name
+from tpcpu.parallel.mpi_library import library_name
 from tpcpu.parallel.team import Team
 from tpcpu.parallel.topology import Topology
 

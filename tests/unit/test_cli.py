@@ -235,9 +235,9 @@ def _actions(add):
 
 
 def test_version_is_one_line(capsys, monkeypatch):
-    mpi = ModuleType("tpcpu.parallel.mpi")
+    mpi = ModuleType("tpcpu.parallel.mpi_library")
     mpi.library_name = lambda: "MPICH 5.0.2"
-    monkeypatch.setitem(sys.modules, "tpcpu.parallel.mpi", mpi)
+    monkeypatch.setitem(sys.modules, "tpcpu.parallel.mpi_library", mpi)
     assert cli.main(["--version"]) == 0
     line = capsys.readouterr().out
     assert line.startswith(f"tpcpu {__version__}, MPICH 5.0.2, ")
@@ -247,7 +247,7 @@ def test_version_is_one_line(capsys, monkeypatch):
 
 
 def test_version_without_an_mpi_says_so(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tpcpu.parallel.mpi", None)  # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "tpcpu.parallel.mpi_library", None)  # importing it raises ImportError
     assert cli.main(["--version"]) == 0
     assert ", no MPI library (one rank works; pip install 'tpcpu[mpich]' brings one), " in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ def version_line() -> str:
 
 def _library() -> str:
     try:
-        from tpcpu.parallel.mpi import library_name
+        from tpcpu.parallel.mpi_library import library_name
 
         return library_name()
     except (ImportError, RuntimeError):  # mpi4py is missing, or finds no library to load

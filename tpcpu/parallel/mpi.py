@@ -1,11 +1,10 @@
-"""Several ranks over MPI: the only module that imports mpi4py.
+"""Several ranks over MPI.
 
 Knows MPI and the launcher's announcement; must not know what the messages mean. Importing it loads the MPI library and
 starts nothing; `Mpi` starts MPI. All waiting from Python is in non-blocking calls and `Patience`, because MPI's own
 blocking calls keep a core busy.
 """
 
-import ctypes
 import math
 import os
 import pickle
@@ -16,41 +15,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-import mpi4py
 import numpy as np
 from numpy.typing import NDArray
 
-# MPI is started by `Mpi`, at the level it needs, and not by the import
-mpi4py.rc.initialize = False
-mpi4py.rc.finalize = True
-
-from mpi4py import MPI  # noqa: E402
-
-from tpcpu.errors import LaunchError  # noqa: E402
-from tpcpu.parallel.announcement import INTEL, MPICH, OPEN_MPI, SRUN, Announcement  # noqa: E402
-from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, Wire, check_counts  # noqa: E402
-from tpcpu.parallel.departure import Departure, begin  # noqa: E402
-from tpcpu.parallel.doorbell import Doorbell  # noqa: E402
-from tpcpu.parallel.exchanges import two_shot_bytes  # noqa: E402
-from tpcpu.parallel.guardian import Guardian, Post, Watched, guard, guardian  # noqa: E402
-from tpcpu.parallel.lifeline import die_with_parent, parent_name  # noqa: E402
-from tpcpu.parallel.mailbox import ARRAY_BYTES, Mailbox  # noqa: E402
-from tpcpu.parallel.patience import Patience  # noqa: E402
-from tpcpu.parallel.segments import MPI_NAMES, mapped_segments, unlink_segments  # noqa: E402
-from tpcpu.parallel.team import Team  # noqa: E402
-from tpcpu.parallel.topology import Topology  # noqa: E402
-from tpcpu.parallel.window import Window, part_bytes  # noqa: E402
-
-MpiFunction = Literal["MPI_Allgather", "MPI_Allreduce"]
+from tpcpu.errors import LaunchError
+from tpcpu.parallel.announcement import Announcement
+from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, Wire, check_counts
+from tpcpu.parallel.departure import Departure, begin
+from tpcpu.parallel.doorbell import Doorbell
+from tpcpu.parallel.exchanges import two_shot_bytes
+from tpcpu.parallel.guardian import Guardian, Post, Watched, guard, guardian
+from tpcpu.parallel.lifeline import die_with_parent, parent_name
+from tpcpu.parallel.mailbox import ARRAY_BYTES, Mailbox
+from tpcpu.parallel.mpi_library import MPI, MpiFunction, mpi_call, refuse_other_launcher, strangers
+from tpcpu.parallel.patience import Patience
+from tpcpu.parallel.segments import MPI_NAMES, mapped_segments, unlink_segments
+from tpcpu.parallel.team import Team
+from tpcpu.parallel.topology import Topology
+from tpcpu.parallel.window import Window, part_bytes
 
 _EXCHANGED = 1
 """The tag of messages between two ranks,"""
 MESSAGE_BYTES = 1 << 30
 """and their length at most: MPI counts them in an int."""
-
-_EXTRAS = {OPEN_MPI: "openmpi", MPICH: "mpich", INTEL: "impi"}
 
 
 class Mpi(Communicator):
@@ -58,14 +47,14 @@ class Mpi(Communicator):
 
     def __init__(self, announcement: Announcement, all_reduce: AllReduceKind, fault_timeout: float) -> None:
         """Start MPI where nobody has, and meet the other ranks. Collective; LaunchError if they are not there."""
-        _refuse_other_launcher(announcement)
+        refuse_other_launcher(announcement)
         foreign = _foreign_segments()
         if parent_name() != "slurmstepd":  # which sees to its tasks itself
             die_with_parent()
         if not MPI.Is_initialized():
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
         if MPI.COMM_WORLD.size == 1 and (announcement.size or 1) > 1:
-            raise LaunchError(_strangers(announcement))
+            raise LaunchError(strangers(announcement))
         self._mpi = MPI.COMM_WORLD.Dup()
         self.rank = self._mpi.rank
         self.size = self._mpi.size
@@ -332,30 +321,6 @@ def _shortage(ranks: int) -> str | None:
     return f"/dev/shm has {free >> 20} MB free, {-(-needed >> 20)} MB are needed" if free < needed else None
 
 
-def mpi_call(comm: MPI.Comm, name: MpiFunction, wire: Wire = "float32") -> tuple[int, tuple[int, ...]]:
-    """The address of an MPI function in the library that mpi4py uses, and the handles to call it with.
-
-    Handles are 64-bit integers, whether the library's are `int` (MPICH, Intel MPI) or pointers (Open MPI): passed as
-    int64 both arrive. In order: the datatype, for MPI_Allreduce the sum operation, the communicator. A rank that has no
-    part in `comm` has a handle that it must not use.
-    """
-    # the extension module is loaded already, and a look-up through it also searches the library it was linked with
-    library = ctypes.CDLL(MPI.__file__)
-    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-    assert address is not None
-    datatype = MPI.FLOAT if wire == "float32" else MPI.UINT16_T
-    objects = (datatype, comm) if name == "MPI_Allgather" else (datatype, MPI.SUM, comm)
-    # an int handle with its top bit set comes sign-extended and unsigned
-    handles = (MPI._handleof(each) for each in objects)
-    return address, tuple(handle - (1 << 64) if handle >> 63 else handle for handle in handles)
-
-
-def library_name() -> str:
-    """The MPI library in a few words, such as `MPICH 5.0.2`; starts nothing."""
-    vendor, version = MPI.get_vendor()
-    return f"{vendor} {'.'.join(map(str, version))}"
-
-
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     """The array's own memory as bytes, whatever its dtype (MPI knows no bfloat16)."""
     if not array.flags.c_contiguous:
@@ -381,23 +346,3 @@ def _foreign_segments() -> frozenset[str]:
     if not MPI.Is_initialized():
         return mapped
     return frozenset(path for path in mapped if not Path(path).name.startswith(MPI_NAMES))
-
-
-def _refuse_other_launcher(announcement: Announcement) -> None:
-    """Refuse, before MPI starts, a library that cannot speak to this launcher: MPI itself would abort or be alone."""
-    open_mpi = MPI.get_vendor()[0] == "Open MPI"
-    hydra = announcement.launcher in (MPICH, INTEL)
-    known = MPI.get_vendor()[0] in ("MPICH", "Intel MPI", "MVAPICH")
-    if (hydra and open_mpi) or (announcement.launcher == OPEN_MPI and known):
-        raise LaunchError(_strangers(announcement))
-
-
-def _strangers(announcement: Announcement) -> str:
-    """The one line for a launcher and a library that do not find each other."""
-    found = f"{announcement.launcher} started {announcement.size} processes, but each is alone in {library_name()}"
-    if announcement.launcher == SRUN:
-        return f"{found}; try srun --mpi=pmi2 (MPICH, Intel MPI) or --mpi=pmix (Open MPI), or mpiexec in the allocation"
-    beside = Path(sys.executable).with_name("mpiexec")
-    own = str(beside) if beside.exists() else "the mpiexec of that library"
-    extra = _EXTRAS.get(announcement.launcher)
-    return f"{found}; start with {own}" + (f", or pip install 'tpcpu[{extra}]' for this launcher" if extra else "")
