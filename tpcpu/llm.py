@@ -23,7 +23,7 @@ from tpcpu.engine.progress import Progress
 from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import LaunchError, PromptError, UsageError
 from tpcpu.models import read_config
-from tpcpu.parallel.communicator import DEFAULT_FAULT_TIMEOUT, AllReduceKind, Wire, connect
+from tpcpu.parallel.communicator import DEFAULT_FAULT_TIMEOUT, AllReduceKind, Wire, check_connection, connect
 from tpcpu.parallel.launcher import in_launcher
 from tpcpu.parallel.partition import Share
 from tpcpu.parallel.topology import Topology
@@ -92,6 +92,7 @@ class LLM:
             format, lm_head, exact, context, threads, chunk_tokens, page_tokens, kv_cache, cache_tokens, max_batch,
             speculate, wire, fault_timeout,
         )  # fmt: skip
+        check_connection(all_reduce, fault_timeout, wire)
         self._backend: Backend
         self._answer: Generator[Chunk, None, None] | None = None
         self._closed = False

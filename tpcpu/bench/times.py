@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tpcpu.kernels.compile import Kernel
 from tpcpu.program.lowering import Stage
+from tpcpu.program.naming import joined
 from tpcpu.program.operations import (
     AllReduce,
     Attention,
@@ -48,10 +49,7 @@ def label_of(stage: Stage, kernel: Kernel) -> str:
     """The same for all layers: the kernel, and the weights that it multiplies."""
     if not kernel.name.startswith("linear"):
         return kernel.name
-    names = [weight.name.removesuffix(".weight").split(".") for weight in _multiplied(stage)]
-    # model.layers.7.self_attn.q_proj and k_proj: self_attn.q_proj + k_proj
-    first = [part for part in names[0] if part not in ("model", "layers") and not part.isdecimal()]
-    return " + ".join([".".join(first), *(name[-1] for name in names[1:])])
+    return joined(_multiplied(stage))
 
 
 def _multiplied(stage: Stage) -> list[Weight]:

@@ -270,8 +270,7 @@ def connect(
     several processes but the MPI library does not find them, or if there is no MPI library. `fault_timeout`: seconds
     in which a lost or stopped rank becomes an error; what the first call says holds for the process.
     """
-    if all_reduce not in get_args(AllReduceKind):
-        raise UsageError(f"all-reduce {all_reduce!r} is not known; 'window' and 'mpi' are")
+    check_connection(all_reduce, fault_timeout)
     announcement = announced(environ)
     if announcement is None or announcement.size == 1:
         return Solo(all_reduce)
@@ -283,6 +282,16 @@ def connect(
             f"library ({str(error).splitlines()[0]}); pip install 'tpcpu[mpich]', or load your site's MPI module"
         ) from error
     return Mpi(announcement, all_reduce, fault_timeout)
+
+
+def check_connection(all_reduce: str, fault_timeout: float, wire: str = "float32") -> None:
+    """Raises UsageError for what no ranks could be joined with; `hosts` is what `window` becomes on several."""
+    if all_reduce not in get_args(AllReduceKind) or all_reduce == "hosts":
+        raise UsageError(f"all-reduce {all_reduce!r} is not known; 'window' and 'mpi' are")
+    if wire not in get_args(Wire):
+        raise UsageError(f"wire {wire!r} is not known; {' and '.join(map(repr, get_args(Wire)))} are")
+    if not fault_timeout >= 1:
+        raise UsageError(f"fault-timeout {fault_timeout}: expected a number of seconds, at least 1")
 
 
 def check_counts(local: NDArray[Any], counts: Sequence[int], rank: int, size: int) -> None:

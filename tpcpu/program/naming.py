@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from tpcpu.program.lowering import Stage
-from tpcpu.program.operations import AllReduce, Operation, Program, weights
+from tpcpu.program.operations import AllReduce, Operation, Program, Weight, weights
 
 
 def stage_names(program: Program, stages: Sequence[Stage]) -> list[str]:
@@ -27,9 +27,12 @@ def exchanges(stages: Sequence[Stage]) -> list[int]:
 
 
 def _name(operation: Operation) -> str:
-    """The weights of an operation, without the layer's own prefix; its kind where there is none."""
-    kind = re.sub(r"(?<!^)(?=[A-Z])", "_", type(operation).__name__).lower()
-    named = [re.sub(r"^model\.(layers\.\d+\.)?|\.weight$", "", weight.name) for weight in weights(operation)]
-    if not named:
-        return kind
-    return " + ".join([named[0], *(name.rpartition(".")[2] for name in named[1:])])
+    """The weights of an operation; its kind where there is none."""
+    named = weights(operation)
+    return joined(named) if named else re.sub(r"(?<!^)(?=[A-Z])", "_", type(operation).__name__).lower()
+
+
+def joined(named: Sequence[Weight]) -> str:
+    """Weights in a few words, without the layer's own prefix, such as `self_attn.q_proj + k_proj`."""
+    names = [re.sub(r"^model\.(layers\.\d+\.)?|\.weight$", "", weight.name) for weight in named]
+    return " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
