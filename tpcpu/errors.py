@@ -2,6 +2,7 @@
 
     TpcpuError                 exit code 1: a failure
     ├── RankError              a rank died, stopped or raised
+    ├── NoRoomError            a disk that became full; what is finished is safe
     └── UserError              exit code 2: something the user can mend
         ├── UsageError         flags and arguments that contradict each other or are impossible
         ├── CheckpointError    a folder, file or tensor that is not what it should be
@@ -15,6 +16,9 @@
 This module knows nothing of the rest of tpcpu.
 """
 
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h, of a command that was asked to end before its end: run again, it goes on from there."""
+
 
 class TpcpuError(Exception):
     """Anything tpcpu reports as one line instead of a traceback."""
@@ -24,6 +28,10 @@ class TpcpuError(Exception):
 
 class RankError(TpcpuError):
     """A rank died, stopped answering, or raised; names rank, host and operation."""
+
+
+class NoRoomError(TpcpuError):
+    """A disk that became full, or the user's part of it; what was finished is safe."""
 
 
 class UserError(TpcpuError):

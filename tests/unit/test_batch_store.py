@@ -11,13 +11,12 @@ import pytest
 
 from tests.fake_engine import FakeEngine, Tokenizer
 from tpcpu.batch import journal
-from tpcpu.batch.appended import NoRoomError
 from tpcpu.batch.lock import Lock
 from tpcpu.batch.runner import Runner
 from tpcpu.batch.source import Source
 from tpcpu.batch.store import Store
 from tpcpu.engine.scheduler import Scheduler
-from tpcpu.errors import OutputError, PromptError
+from tpcpu.errors import NoRoomError, OutputError, PromptError
 from tpcpu.sampling import Sampled, SamplingParams
 
 VOCABULARY = 12

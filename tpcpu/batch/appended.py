@@ -3,17 +3,10 @@
 Knows bytes, and how a file ends that was being written when the power went. What the lines say is for others.
 """
 
-import errno
 import os
 from pathlib import Path
 
-from tpcpu.errors import TpcpuError
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class NoRoomError(TpcpuError):
-    """The disk is full, or the user's part of it."""
+from tpcpu.checkpoint.durable import sync, write_all
 
 
 class Appended:
@@ -28,10 +21,7 @@ class Appended:
     def append(self, data: bytes) -> None:
         """Writes and syncs. Raises OSError; the file is then as it was before."""
         try:
-            view, position = memoryview(data), self.size
-            while view:
-                written = os.pwrite(self._file, view, position)
-                view, position = view[written:], position + written
+            write_all(self._file, data, self.size)
             os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, self.size)
@@ -64,18 +54,4 @@ def replace(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names in it are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def is_full(error: OSError) -> bool:
-    """Whether an error means that there is no room."""
-    return error.errno in _NO_ROOM
+    sync(path.parent)

@@ -4,16 +4,15 @@ The lock is POSIX' (fcntl), which also works between hosts on NFS, and ends with
 stands in the file is only for people. Knows files and processes; nothing of what is locked.
 """
 
-import errno
 import fcntl
 import os
 import socket
 import time
 from pathlib import Path
 
+from tpcpu.checkpoint.durable import NO_LOCKS
 from tpcpu.errors import OutputError
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _PAUSE = 0.05
 
 
@@ -37,7 +36,7 @@ class Lock:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in NO_LOCKS:
                     os.close(self._file)
                     return False
             # Whoever held it may have removed the file that is locked now.

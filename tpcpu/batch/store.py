@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tpcpu.batch import journal
-from tpcpu.batch.appended import Appended, NoRoomError, is_full, replace, sync_folder
+from tpcpu.batch.appended import Appended, replace
 from tpcpu.batch.journal import Begun
 from tpcpu.batch.lock import Lock
-from tpcpu.errors import OutputError, TpcpuError
+from tpcpu.checkpoint.durable import NO_ROOM, sync
+from tpcpu.errors import NoRoomError, OutputError, TpcpuError
 
 _COMPACT_BYTES = 4 << 20
 """A journal is written anew when it has grown by so much, and to twice what it was."""
@@ -221,7 +222,7 @@ class Store:
         if problems:
             if self.errors.name not in self._files:
                 self._files[self.errors.name] = Appended(self.errors)
-                sync_folder(self.errors.parent)
+                sync(self.errors.parent)
             self._files[self.errors.name].append(problems)
         if compact is not None:
             self._rewrite_journal(compact)
@@ -269,7 +270,7 @@ class Store:
     def translated(self, error: OSError) -> TpcpuError:
         """What is said of an error of the file system."""
         where = error.filename or self.output
-        if is_full(error):
+        if error.errno in NO_ROOM:
             return NoRoomError(
                 f"{where}: no room left ({error.strerror}): {self.answers} answers are safe; make room and run the "
                 "same command again, it goes on where it stopped"

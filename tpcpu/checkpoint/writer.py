@@ -7,7 +7,6 @@ begun again, goes on from there, and another one is refused. A lock keeps two jo
 Knows files, locks and the safetensors format. Knows nothing of what the tensors are for.
 """
 
-import errno
 import fcntl
 import json
 import math
@@ -22,13 +21,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from tpcpu.checkpoint.durable import NO_LOCKS, NO_ROOM, sync, write_all
 from tpcpu.checkpoint.header import NUMPY_DTYPES, read_header
 from tpcpu.errors import CheckpointError, OutputError
 
 SETTINGS = ".tpcpu-settings.json"
 _TEMPORARY = ".tmp"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class FolderWriter:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise OutputError(f"{self.partial} is being written by another job; wait for it or end it") from None
         # whoever held the lock may just have renamed the folder away
         self._refuse_existing()
@@ -100,7 +98,7 @@ class FolderWriter:
                 " remove it to begin anew, or use the same again"
             )
         os.ftruncate(self._lock, 0)
-        _write_all(self._lock, wanted, 0)
+        write_all(self._lock, wanted, 0)
         os.fsync(self._lock)
 
     def is_finished(self, name: str) -> bool:
@@ -122,7 +120,7 @@ class FolderWriter:
         """The small file `name`, whole."""
         temporary = self.partial / (name + _TEMPORARY)
         temporary.write_bytes(data)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, self.partial / name)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -133,13 +131,13 @@ class FolderWriter:
         """Rename the folder to its destination. Nothing can be written after this."""
         for leftover in self.partial.glob("*" + _TEMPORARY):
             leftover.unlink()
-        _sync(self.partial)
+        sync(self.partial)
         self._refuse_existing()
         os.rename(self.partial, self.destination)
         # only now: without its note a partial folder could not be taken up again
         (self.destination / SETTINGS).unlink()
-        _sync(self.destination)
-        _sync(self.destination.parent)
+        sync(self.destination)
+        sync(self.destination.parent)
 
     def close(self) -> None:
         """Give the lock back; what is finished stays."""
@@ -158,7 +156,7 @@ class FolderWriter:
             raise self._translated(error) from None
 
     def _translated(self, error: OSError) -> OutputError:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             return OutputError(f"{error.filename or self.partial}: cannot be written: {error.strerror}")
         finished = sum(path.stat().st_size for path in self.partial.glob("*") if path.suffix != _TEMPORARY)
         free = shutil.disk_usage(self.partial).free
@@ -197,7 +195,7 @@ class WeightsWriter:
         """The bytes of contiguous `data` to the tensor `name`, from its byte `start` on."""
         tensor, position = self._places[name]
         assert start + data.nbytes <= tensor.nbytes, name
-        _write_all(self._file, data.reshape(-1).view(np.uint8).data, self._data_start + position + start)
+        write_all(self._file, data.reshape(-1).view(np.uint8).data, self._data_start + position + start)
 
     def write_late(self, name: str, data: npt.NDArray[np.uint8]) -> None:
         """All bytes of the late tensor `name`."""
@@ -219,12 +217,12 @@ class WeightsWriter:
         """Complete the file, see it on disk, and give it its name."""
         late = {name: self._late_data[name] for name in self._late}
         header = self._header({name: len(data) for name, data in late.items()}).ljust(self._data_start - 8)
-        _write_all(self._file, len(header).to_bytes(8, "little") + header, 0)
-        _write_all(self._file, b"".join(late.values()), self._data_start + self._late_start)
+        write_all(self._file, len(header).to_bytes(8, "little") + header, 0)
+        write_all(self._file, b"".join(late.values()), self._data_start + self._late_start)
         os.fsync(self._file)
         self._close()
         os.replace(self._temporary, self.path)
-        _sync(self.path.parent)
+        sync(self.path.parent)
 
     def _close(self) -> None:
         file, self._file = self._file, -1
@@ -239,21 +237,6 @@ class WeightsWriter:
     ) -> None:
         self._close()
         self._temporary.unlink(missing_ok=True)  # gives its room back; after `finish` there is none
-
-
-def _write_all(file: int, data: bytes | memoryview, position: int) -> None:
-    view = memoryview(data)
-    while len(view):
-        written = os.pwrite(file, view, position)
-        view, position = view[written:], position + written
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _differences(found: bytes, wanted: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tpcpu.cli.flags import model_flags, positive, sampling_flags, sampling_params, speculation_flag
 from tpcpu.cli.output import Output
-from tpcpu.cli.stopping import EXIT_STOPPED, Stop, Stopped
-from tpcpu.errors import LaunchError, TpcpuError, UsageError
+from tpcpu.cli.stopping import Stop, Stopped
+from tpcpu.errors import EXIT_STOPPED, LaunchError, TpcpuError, UsageError
 
 if TYPE_CHECKING:
     from tpcpu.batch.runner import Outcome
@@ -191,11 +191,10 @@ class _Root:
 
     def run(self, scheduler: "Scheduler", tokenizer: "Tokenizer", context: int) -> int:
         """The work, while the others follow; the exit code of all ranks."""
-        from tpcpu.batch.appended import NoRoomError
         from tpcpu.batch.runner import Runner
         from tpcpu.cli.progress import AnswerProgress
         from tpcpu.engine.engine import DEFAULT_MAX_BATCH
-        from tpcpu.errors import OutputError
+        from tpcpu.errors import NoRoomError, OutputError
 
         assert self._source is not None
         assert self._store is not None

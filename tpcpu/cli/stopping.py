@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: not finished, and no mistake; try again."""
+from tpcpu.errors import EXIT_STOPPED
 
 _STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 

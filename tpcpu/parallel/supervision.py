@@ -14,16 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
+from tpcpu.errors import EXIT_STOPPED
 from tpcpu.parallel import launcher
 from tpcpu.parallel.hostfile import Host
 from tpcpu.parallel.keeper import FORWARDED, end_descendants
 from tpcpu.parallel.lifeline import adopt_orphans
 from tpcpu.parallel.processes import stat, tree
 
-STOPPED = 75
-"""The exit code of a command that wrote its state out when asked, and wants to be run again, later."""
-
-_FINAL = (0, 2, STOPPED, 130)
+_FINAL = (0, 2, EXIT_STOPPED, 130)
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _LOOK_SECONDS = 0.2
