@@ -14,7 +14,6 @@ from tpcpu import SamplingParams
 from tpcpu.engine.engine import Options
 from tpcpu.engine.local import Local
 from tpcpu.formats import floats
-from tpcpu.parallel import mpi
 from tpcpu.parallel.communicator import Communicator, Wire, connect
 from tpcpu.parallel.exchanges import Exchanges
 from tpcpu.parallel.team import Team
@@ -32,6 +31,9 @@ def parted(request: pytest.FixtureRequest, communicator: Communicator) -> Iterat
     if communicator.size == 1:
         yield communicator
         return
+    # Not above: it keeps mpi4py from starting MPI, which pytest-mpi asks at the end, where a lone rank starts none.
+    from tpcpu.parallel import mpi
+
     host_of = request.param[: communicator.size]
 
     def split(comm: Any) -> Any:
