@@ -118,7 +118,7 @@ CASES = [
     ("llama-tiny", add(f"{LAYER}.self_attn.q_norm.weight"), [f"{LAYER}.self_attn.q_norm.weight"]),
     ("llama-tiny", add("model.layers.6.mlp.up_proj.weight"), ["model.layers.6.mlp.up_proj.weight"]),
     ("llama-tiny-nf4", garble(UP), [UP, "JSON"]),
-    ("llama-tiny-nf4", restate(UP, blocksize=128), [UP, "blocksize", "128"]),
+    ("llama-tiny-nf4", restate(UP, blocksize=96), [UP, "blocksize", "96"]),
     ("llama-tiny-nf4", restate(UP, shape=[256, 704]), [UP, "[256, 704]", "[704, 256]"]),
     ("llama-tiny-nf4", restate(UP, nested_offset=INFINITY), [UP, "nested_offset"]),
     ("llama-tiny-nf4", restate(UP, dtype="float8"), [UP, "float8"]),

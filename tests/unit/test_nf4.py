@@ -69,12 +69,29 @@ def test_bytes_of_bitsandbytes_given_its_offset(values):
 @pytest.mark.parametrize("values", CASES)
 @pytest.mark.parametrize("nested", [True, False])
 def test_values_of_bitsandbytes_tensors(values, nested):
-    packed, state = bnb.quantize_4bit(torch_of(values).float(), quant_type="nf4", compress_statistics=nested)
+    ours, theirs = read_and_dequantised(torch_of(values).float(), compress_statistics=nested)
+    assert ours.nested == nested
+    assert np.array_equal(nf4.dequantize(ours).view(np.uint32), theirs.view(np.uint32))
+
+
+def read_and_dequantised(values, **settings):
+    """What bitsandbytes makes of `values`: as we read it, and dequantised by its own functions."""
+    packed, state = bnb.quantize_4bit(values, **{"quant_type": "nf4"} | settings)
     stored = {"w.weight": packed.numpy()}
     stored |= {f"w.weight.{key}": part.numpy() for key, part in state.as_dict(packed=True).items()}
     ours = nf4.from_tensors("w.weight", stored.__getitem__, stored)
-    assert ours.nested == nested
-    theirs = bnb.dequantize_4bit(packed, state).numpy()
+    return ours, bnb.dequantize_4bit(packed, state).numpy()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_other_kinds_and_block_sizes(kind, block, nested):
+    """The last block is short; groups of scales end inside the tensor."""
+    values = torch.randn(300, 320, generator=torch.Generator().manual_seed(block))
+    ours, theirs = read_and_dequantised(values, quant_type=kind, blocksize=block, compress_statistics=nested)
+    assert (ours.kind, ours.nested, ours.block) == (kind, nested, min(block, 64))
+    assert ours.absmax.size == -(-values.numel() // ours.block)
     assert np.array_equal(nf4.dequantize(ours).view(np.uint32), theirs.view(np.uint32))
 
 
@@ -104,7 +121,8 @@ def test_names_and_order_of_parts():
 
 def test_tables():
     assert np.array_equal(DYNAMIC_MAP, bnb.create_dynamic_map().numpy())
-    assert np.array_equal(NF4_CODE, bnb.get_4bit_type("nf4", device="cpu").numpy())
+    for kind, code in nf4.CODES.items():
+        assert np.array_equal(code, bnb.get_4bit_type(kind, device="cpu").numpy())
 
 
 def test_offset_is_summed_in_float64():
@@ -124,9 +142,12 @@ def with_state(**changes):
 
 
 BROKEN = {
-    "absent": ({"w.weight": np.zeros(4, np.uint8)}, "not stored as NF4"),
-    "fp4": ({"w.weight.quant_state.bitsandbytes__fp4": np.zeros(4, np.uint8)}, "FP4"),
-    "block size": (with_state(blocksize=128), "blocksize is 128"),
+    "absent": ({"w.weight": np.zeros(4, np.uint8)}, "not stored in 4 bits"),
+    "two states": (stored_tensor() | {f"w.weight.{nf4.STATE_KEYS['fp4']}": np.zeros(4, np.uint8)}, "two of them"),
+    "block size": (with_state(blocksize=96), "blocksize is 96"),
+    "larger blocks": (with_state(blocksize=128), "found 4 values of uint8, expected 2"),
+    "block size of another type": (with_state(blocksize=64.0), "blocksize is 64.0"),
+    "values of a code": (stored_tensor() | {"w.weight.quant_map": np.zeros(16, np.float32)}, "the 16 values of NF4"),
     "shape": (with_state(shape=[-1, 3]), "shape is"),
     "shape too large": (with_state(shape=[1 << 40, 1 << 40]), "4-bit codes, found 128"),
     "dtype": (with_state(dtype="float8"), "dtype is 'float8'"),

@@ -1,7 +1,7 @@
 """What a checkpoint holds, in words: the work of `tpcpu inspect`.
 
 Knows how to put the answers of `checkpoint`, `formats` and `models` together. Reads headers, and the small JSON parts
-of NF4 tensors.
+of 4-bit tensors.
 """
 
 import math
@@ -15,6 +15,7 @@ from tpcpu.formats import int8, nf4
 from tpcpu.parallel.partition import Share
 
 _FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "float32"}
+_QUANTISED = ("nf4", "fp4", "int8")
 
 
 @dataclass
@@ -42,6 +43,7 @@ class _Logical:
     format: str
     shape: tuple[int, ...]
     nbytes: int
+    dequantised: bool = False  # at loading, as its blocks are too small
 
 
 def describe(checkpoint: Checkpoint) -> Description:
@@ -77,11 +79,11 @@ def _logical_tensors(checkpoint: Checkpoint) -> dict[str, _Logical]:
             own = [part for part in nf4.part_names(name) if part in names]
             parts.update(own)
             nbytes = tensor.nbytes + sum(names[part].nbytes for part in own)
-            if f"{name}.{nf4.STATE_KEY}" in names:
-                stored = nf4.from_tensors(name, checkpoint.array, names)
-                logical[name] = _Logical("nf4" if stored.nested else "nf4, float32 scales", stored.shape, nbytes)
-            else:
-                logical[name] = _Logical("fp4", (2 * math.prod(tensor.shape),), nbytes)
+            stored = nf4.from_tensors(name, checkpoint.array, names)
+            block = nf4.read_state(name, checkpoint.array, names).block
+            form = stored.kind + ("" if stored.nested else ", float32 scales")
+            form += f", blocks of {block}" if block != nf4.BLOCK else ""
+            logical[name] = _Logical(form, stored.shape, nbytes, dequantised=stored.block != nf4.BLOCK)
         elif tensor.dtype == "I8" and int8.is_stored(name, names):
             scales = int8.scale_name(name)
             parts.add(scales)
@@ -95,7 +97,7 @@ def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], fo
     method = _quantization(checkpoint.config)
     if method not in (None, "bitsandbytes", int8.QUANTIZATION_CONFIG["quant_method"]):
         found.unsupported.append(
-            f"quantised with {method}: only bitsandbytes NF4 and {int8.QUANTIZATION_CONFIG} are read"
+            f"quantised with {method}: only bitsandbytes' 4 bits and {int8.QUANTIZATION_CONFIG} are read"
         )
     try:
         model = models.read_config(checkpoint.config)
@@ -104,17 +106,17 @@ def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], fo
     except (ConfigError, LaunchError) as error:
         found.unsupported.append(str(error))
         return
-    quantized = method is not None or any(t.format.startswith(("nf4", "int8")) for t in logical.values())
+    quantized = method is not None or any(t.format.startswith(_QUANTISED) for t in logical.values())
     for weight in weights:
         tensor = logical.get(weight.name)
         if tensor is None:
             found.unsupported.append(f"tensor {weight.name} is missing")
-        elif tensor.shape != weight.full_shape and tensor.format != "fp4":
+        elif tensor.shape != weight.full_shape:
             found.unsupported.append(
                 f"tensor {weight.name} has the shape {list(tensor.shape)},"
                 f" by config.json it is {list(weight.full_shape)}"
             )
-        elif tensor.format not in (*_FLOATS.values(), "nf4", "nf4, float32 scales", "int8"):
+        elif tensor.format not in _FLOATS.values() and not tensor.format.startswith(_QUANTISED):
             found.unsupported.append(f"tensor {weight.name} is stored as {tensor.format}, which is not supported")
         elif weight.kind.multiplies and quantized and tensor.format in _FLOATS.values():
             found.not_quantized[weight.name] = (
@@ -122,7 +124,9 @@ def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], fo
                 if weight.full_columns % nf4.BLOCK
                 else f"stored as {tensor.format} by whoever wrote the folder"
             )
-        elif tensor.format.startswith("nf4") and weight.full_columns % nf4.BLOCK:
+        elif tensor.dequantised:
+            found.not_quantized[weight.name] = f"dequantised at loading: {tensor.format}"
+        elif tensor.format.startswith(("nf4", "fp4")) and weight.full_columns % nf4.BLOCK:
             found.not_quantized[weight.name] = (
                 f"dequantised at loading: rows of {weight.full_columns} values cut blocks"
             )

@@ -12,7 +12,6 @@ from tpcpu.checkpoint import Checkpoint
 from tpcpu.errors import CheckpointError, UsageError
 from tpcpu.formats import int8, nf4
 from tpcpu.formats.floats import FLOATS
-from tpcpu.formats.tables import NF4_CODE
 from tpcpu.kernels import record as R
 from tpcpu.models import Model
 from tpcpu.program.operations import BLOCK, Kind, Program, Weight
@@ -33,12 +32,20 @@ _TENSOR_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "float32"}
 
 @dataclass(frozen=True)
 class Binding:
-    """One weight: how it is stored, and the format it will be held in. `nested`: NF4 scales are quantised too."""
+    """One weight: how it is stored, and the format it will be held in.
+
+    `nf4` stands for all 4-bit tensors of bitsandbytes, FP4 among them: `state` says which this is.
+    """
 
     weight: Weight
     stored: str
     held: str
-    nested: bool = True
+    state: nf4.State | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales of 4-bit codes are quantised too."""
+        return self.state is None or self.state.nested
 
     @property
     def form(self) -> int:
@@ -67,7 +74,12 @@ def bind(
 
 
 def _binding(
-    checkpoint: Checkpoint, weight: Weight, stored: str, nested: bool, wanted: str | None, lm_head: str | None
+    checkpoint: Checkpoint,
+    weight: Weight,
+    stored: str,
+    state: nf4.State | None,
+    wanted: str | None,
+    lm_head: str | None,
 ) -> Binding:
     held = stored
     match weight.kind:
@@ -90,43 +102,35 @@ def _binding(
         )
     if stored in ("nf4", "int8"):
         held = stored
-    if held in ("nf4", "int8") and weight.full_columns % BLOCK:
-        # Blocks of 64 would cross rows: held in the floats that it is made of.
-        held = _float_of(checkpoint, weight) if stored == "nf4" else stored
-    return Binding(weight, stored, held, nested)
+    if held in ("nf4", "int8") and (weight.full_columns % BLOCK or (state is not None and state.block % BLOCK)):
+        # Blocks of 64 would cross rows, or are not there: held in the floats that it is made of.
+        held = stored if state is None else _TENSOR_DTYPES[state.dtype]
+    return Binding(weight, stored, held, state)
 
 
-def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, bool]:
-    """The format of a stored weight, and whether its scales are quantised; its shape is the declared one."""
+def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | None]:
+    """The format of a stored weight, and what it says of itself in 4 bits; its shape is the declared one."""
     name = weight.name
     tensor = checkpoint[name]
     shape: tuple[int, ...] = tuple(tensor.shape)
-    form, nested = STORED.get(tensor.dtype, ""), True
+    form, state = STORED.get(tensor.dtype, ""), None
     if nf4.is_stored(name, checkpoint.tensors):
-        state = nf4.from_tensors(name, checkpoint.array, checkpoint.tensors)
-        form, nested, shape = "nf4", state.nested, tuple(state.shape)
-        if not np.array_equal(state.code, NF4_CODE):
-            # Kernels have the published values built in.
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name}.quant_map does not hold the 16 values of NF4; quantise the model anew"
-            )
+        nf4.from_tensors(name, checkpoint.array, checkpoint.tensors)
+        state = nf4.read_state(name, checkpoint.array, checkpoint.tensors)
+        form, shape = "nf4", state.shape
     elif int8.is_stored(name, checkpoint.tensors):
         form = "int8"
         int8.from_tensors(name, checkpoint.array, checkpoint.tensors)
     if not form:
         raise CheckpointError(
-            f"{tensor.file}: tensor {name} is {tensor.dtype}; expected one of {', '.join(STORED)}, NF4 or int8"
+            f"{tensor.file}: tensor {name} is {tensor.dtype}; expected one of {', '.join(STORED)}, NF4, FP4 or int8"
         )
     if shape != weight.full_shape:
         raise CheckpointError(
             f"{tensor.file}: tensor {name} has shape {list(shape)}, but config.json describes "
             f"{list(weight.full_shape)}: the config does not belong to these weights"
         )
-    return form, nested
-
-
-def _float_of(checkpoint: Checkpoint, weight: Weight) -> str:
-    return _TENSOR_DTYPES[nf4.from_tensors(weight.name, checkpoint.array, checkpoint.tensors).dtype]
+    return form, state
 
 
 def _nothing_left_over(checkpoint: Checkpoint, model: Model, declared: set[str]) -> None:

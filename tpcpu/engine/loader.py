@@ -184,22 +184,25 @@ class _Slicer:
         name = self._weight.name
         if not tensor.nested:
             self._refuse_not_finite(f"{name}.absmax", scales)
-            return Source(R.NF4_SINGLE, codes, scales.view(np.float32), mapped=self._mapped(codes))
+            return Source(
+                R.NF4_SINGLE, codes, scales.view(np.float32), mapped=self._mapped(codes), codebook=tensor.kind
+            )
         self._refuse_not_finite(f"{name}.nested_absmax", tensor.nested_absmax)
         self._refuse_not_finite(f"{name}.nested_quant_map", tensor.nested_code)
         return self._nested(
-            codes, scales, tensor.nested_absmax, tensor.nested_code, float(tensor.offset), self._mapped(codes)
-        )
+            codes, scales, tensor.nested_absmax, tensor.nested_code, float(tensor.offset), self._mapped(codes),
+            tensor.kind,
+        )  # fmt: skip
 
     def _nested(
         self, codes: NDArray[np.uint8], scales: NDArray[Any], groups: NDArray[np.float32],
-        code: NDArray[np.float32], offset: float, mapped: bool = False,
+        code: NDArray[np.float32], offset: float, mapped: bool = False, codebook: str = "nf4",
     ) -> Source:  # fmt: skip
         """Only those group scales are kept that this rank's rows use."""
         blocks = self._weight.full_columns // BLOCK
         used = (self._weight.rows * blocks).blocks(GROUP)
         kept = np.array(groups[used.start : used.stop], np.float32)
-        return Source(R.NF4, codes, scales, kept, used.start, code, offset, mapped)
+        return Source(R.NF4, codes, scales, kept, used.start, code, offset, mapped, codebook)
 
     def _floats(self, array: NDArray[Any]) -> Source:
         """Rows and columns as floats of the held format, all finite."""

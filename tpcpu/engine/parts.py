@@ -85,7 +85,7 @@ def parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoin
     if binding.weight.kind is Kind.EMBEDDING:
         # Rows are looked up later, where they lie; until then nobody needs any.
         return dict([part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, lambda _: NOTHING)])
-    if binding.stored == "nf4" and binding.held == "nf4":
+    if binding.stored == "nf4" and binding.held == "nf4" and _is_in_rows(binding):
         codes = part("", np.uint8, rows, columns // 2, by(2))
         if not binding.nested:
             return dict([codes, part(".absmax", np.float32, rows, columns // BLOCK, by(BLOCK))])
@@ -96,8 +96,9 @@ def parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoin
             whole(".nested_quant_map", np.float32, 256),
         ])  # fmt: skip
     if binding.stored == "nf4":
-        # Blocks cross rows: everyone needs all of it.
-        blocks = -(-rows * columns // BLOCK)
+        # Blocks cross rows, or hold several times 64: everyone needs all of it.
+        assert binding.state is not None
+        blocks = binding.state.blocks
         flat = [whole("", np.uint8, -(-rows * columns // 2))]
         flat.append(whole(".absmax", np.uint8 if binding.nested else np.float32, blocks))
         if binding.nested:
@@ -113,3 +114,8 @@ def parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoin
             part(scales, np.float32, rows, columns // BLOCK, by(BLOCK)),
         ])  # fmt: skip
     return dict([part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, by(1))])
+
+
+def _is_in_rows(binding: Binding) -> bool:
+    """Whether scales of a 4-bit weight are stored row by row, one for each 64."""
+    return binding.state is not None and binding.state.block == BLOCK

@@ -4,6 +4,10 @@ A tensor is flattened row-major and cut into blocks of 64. Each value becomes on
 magnitude of its block; two codes share a byte, the first in the high nibble. The block maxima, less their mean (the
 offset), become one of 256 codes relative to the largest of a group of 256 blocks.
 
+Read, and never written, are its other 4-bit tensors: FP4, the same with 16 other values, and other block sizes. Where
+blocks hold several times 64 values, each block's scale is repeated, and each group's too: that is the same tensor in
+blocks of 64, to the bit, and nothing behind this module knows the difference.
+
 Bit for bit what bitsandbytes 0.50.2 computes on a CPU, in both directions, given the offset. The offset is our own: the
 mean of the block maxima summed in float64 and rounded once, where theirs is a float32 mean whose last bit follows the
 number of threads.
@@ -23,18 +27,22 @@ import numpy.typing as npt
 
 from tpcpu.errors import CheckpointError
 from tpcpu.formats.floats import FLOATS, Array, to_float32
-from tpcpu.formats.tables import DYNAMIC_MAP, NEAREST_CODE, NF4_CODE, NF4_MIDPOINTS
+from tpcpu.formats.tables import DYNAMIC_MAP, FP4_CODE, NEAREST_CODE, NF4_CODE, NF4_MIDPOINTS
 
 BLOCK = 64
 GROUP = 256  # blocks that share one float32 scale
 SMALLEST = np.float32(1e-38)  # bitsandbytes divides by no less
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
+STATE_KEYS = {"nf4": STATE_KEY, "fp4": "quant_state.bitsandbytes__fp4"}
+CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has
 
 
 @dataclass(frozen=True, eq=False)
 class Nf4Tensor:
-    """One tensor in NF4. Blocks: `ceil(elements / 64)`; groups: `ceil(blocks / 256)`.
+    """One tensor in NF4, or FP4. Blocks: `ceil(elements / block)`; groups: `ceil(blocks / 256)`, at least.
 
     Without double quantisation (`nested` false) `absmax` is float32 and the three nested parts are empty or zero.
     """
@@ -47,6 +55,8 @@ class Nf4Tensor:
     code: npt.NDArray[np.float32]  # (16,)
     nested_code: npt.NDArray[np.float32]  # (256,)
     dtype: str  # of the values before quantising: bfloat16, float16 or float32
+    kind: str = "nf4"  # or fp4
+    block: int = BLOCK  # or 32: what is stored in larger blocks is in blocks of 64 here
 
     @property
     def nested(self) -> bool:
@@ -141,9 +151,9 @@ def dequantize(tensor: Nf4Tensor) -> npt.NDArray[np.float32]:
     codes[0::2] = tensor.codes >> 4
     codes[1::2] = tensor.codes & 15
     values = tensor.code[codes[:elements]]
-    full = elements // BLOCK * BLOCK
+    full = elements // tensor.block * tensor.block
     scales = tensor.scales()
-    values[:full].reshape(-1, BLOCK)[...] *= scales[: full // BLOCK, None]
+    values[:full].reshape(-1, tensor.block)[...] *= scales[: full // tensor.block, None]
     if full < elements:
         values[full:] *= scales[-1]
     return values.reshape(tensor.shape)
@@ -169,35 +179,58 @@ def to_tensors(name: str, tensor: Nf4Tensor) -> dict[str, Array]:
 
 
 def is_stored(name: str, names: Container[str]) -> bool:
-    """Whether `name` is stored in a 4-bit format of bitsandbytes, also in one that cannot be read."""
-    return any(f"{name}.quant_state.bitsandbytes__{kind}" in names for kind in ("nf4", "fp4"))
+    """Whether `name` is stored in a 4-bit format of bitsandbytes, also where parts of it are missing."""
+    return any(part in names for part in part_names(name))
 
 
 def part_names(name: str) -> tuple[str, ...]:
     """The names that may accompany `name` in a file."""
-    suffixes = ("absmax", "nested_absmax", "nested_quant_map", "quant_map", STATE_KEY, "quant_state.bitsandbytes__fp4")
+    suffixes = ("absmax", "nested_absmax", "nested_quant_map", "quant_map", *STATE_KEYS.values())
     return tuple(f"{name}.{suffix}" for suffix in suffixes)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a stored tensor says about itself; `block` as stored."""
+
+    kind: str
+    shape: tuple[int, ...]
+    block: int
+    nested: bool
+    offset: float
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.elements // self.block)
+
+
+def read_state(name: str, get: Callable[[str], Array], names: Container[str]) -> State:
+    """The state of the tensor called `name`. Raises CheckpointError naming tensor and fault."""
+    kinds = [kind for kind, key in STATE_KEYS.items() if f"{name}.{key}" in names]
+    if len(kinds) != 1:
+        found = "two of them" if kinds else "none: it is not stored in 4 bits"
+        raise CheckpointError(f"tensor {name}: expected one {' or '.join(STATE_KEYS.values())}, found {found}")
+    return _checked_state(f"tensor {name}.{STATE_KEYS[kinds[0]]}", kinds[0], get(f"{name}.{STATE_KEYS[kinds[0]]}"))
 
 
 def from_tensors(name: str, get: Callable[[str], Array], names: Container[str]) -> Nf4Tensor:
     """Read the tensor called `name` from its stored parts; `get` returns one, `names` has all of the checkpoint.
 
-    Raises CheckpointError naming tensor and fault: another 4-bit type, another block size, parts missing or of wrong
+    Raises CheckpointError naming tensor and fault: an unknown 4-bit type or block size, parts missing or of wrong
     size.
     """
-    if f"{name}.quant_state.bitsandbytes__fp4" in names:
-        raise CheckpointError(f"tensor {name} is stored as FP4, which is not supported; quantise the model as NF4")
-    if f"{name}.{STATE_KEY}" not in names:
-        raise CheckpointError(f"tensor {name} has no {name}.{STATE_KEY}: it is not stored as NF4")
-    state = _read_state(name, get(f"{name}.{STATE_KEY}"))
-    shape, nested = tuple(state["shape"]), "nested_offset" in state
-    elements = math.prod(shape)
-    blocks = -(-elements // BLOCK)
+    state = read_state(name, get, names)
+    wanted = (state.elements + 1) // 2
     # other containers than uint8 are possible (quant_storage); the bytes are the same
     codes = np.ascontiguousarray(get(name)).reshape(-1).view(np.uint8)
-    if codes.size != (elements + 1) // 2:
+    if codes.size != wanted:
         raise CheckpointError(
-            f"tensor {name}: shape {list(shape)} needs {(elements + 1) // 2} bytes of 4-bit codes, found {codes.size}"
+            f"tensor {name}: shape {list(state.shape)} needs {wanted} bytes of 4-bit codes, found {codes.size}"
         )
 
     def part(suffix: str, dtype: type[np.generic], size: int) -> Array:
@@ -212,24 +245,30 @@ def from_tensors(name: str, get: Callable[[str], Array], names: Container[str]) 
         return array
 
     code = part("quant_map", np.float32, 16)
-    none = np.zeros(0, np.float32)
-    if not nested:
-        absmax = part("absmax", np.float32, blocks)
-        return Nf4Tensor(shape, codes, absmax, none, np.float32(0), code, none, state["dtype"])
+    if not np.array_equal(code, CODES[state.kind]):
+        # Kernels have the published values built in.
+        raise CheckpointError(
+            f"tensor {name}.quant_map does not hold the 16 values of {state.kind.upper()}; quantise the model anew"
+        )
+    absmax = part("absmax", np.uint8 if state.nested else np.float32, state.blocks)
+    groups = nested_code = np.zeros(0, np.float32)
+    if state.nested:
+        groups = part("nested_absmax", np.float32, -(-state.blocks // GROUP))
+        nested_code = part("nested_quant_map", np.float32, 256)
+    absmax, groups = in_blocks_of_64(state, absmax), in_blocks_of_64(state, groups)
     return Nf4Tensor(
-        shape,
-        codes,
-        part("absmax", np.uint8, blocks),
-        part("nested_absmax", np.float32, -(-blocks // GROUP)),
-        np.float32(state["nested_offset"]),
-        code,
-        part("nested_quant_map", np.float32, 256),
-        state["dtype"],
-    )
+        state.shape, codes, absmax, groups, np.float32(state.offset), CODES[state.kind], nested_code, state.dtype,
+        state.kind, min(state.block, BLOCK),
+    )  # fmt: skip
 
 
-def _read_state(name: str, packed: Array) -> dict[str, Any]:
-    where = f"tensor {name}.{STATE_KEY}"
+def in_blocks_of_64(state: State, scales: Array) -> Array:
+    """The scales of all blocks, or of all groups, of a tensor in larger blocks, as if it were in blocks of 64."""
+    times = state.block // BLOCK
+    return np.repeat(scales, times)[: -(-state.elements // BLOCK)] if times > 1 else scales
+
+
+def _checked_state(where: str, kind: str, packed: Array) -> State:
     if packed.dtype != np.uint8 or packed.size > 4096:
         raise CheckpointError(
             f"{where}: found {packed.size} values of {packed.dtype}, expected a short JSON text as uint8"
@@ -240,14 +279,13 @@ def _read_state(name: str, packed: Array) -> dict[str, Any]:
         raise CheckpointError(f"{where} is not JSON: {error}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{where} is not a JSON object")
-    expected: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK}
+    expected: dict[str, Any] = {"quant_type": (kind,), "blocksize": _BLOCKS, "dtype": tuple(FLOATS)}
     if "nested_offset" in state:
-        expected |= {"nested_blocksize": GROUP, "nested_dtype": "float32"}
-    for key, value in expected.items():
-        if state.get(key) != value:
-            raise CheckpointError(f"{where}: {key} is {state.get(key)!r}; only {value!r} is supported")
-    if state.get("dtype") not in FLOATS:
-        raise CheckpointError(f"{where}: dtype is {state.get('dtype')!r}, expected one of {', '.join(FLOATS)}")
+        expected |= {"nested_blocksize": (GROUP,), "nested_dtype": ("float32",)}
+    for key, values in expected.items():
+        if type(state.get(key)) is not type(values[0]) or state[key] not in values:
+            known = ", ".join(map(repr, values))
+            raise CheckpointError(f"{where}: {key} is {state.get(key)!r}; known: {known}")
     shape = state.get("shape")
     if (
         not isinstance(shape, list)
@@ -258,4 +296,4 @@ def _read_state(name: str, packed: Array) -> dict[str, Any]:
     offset = state.get("nested_offset", 0.0)
     if type(offset) not in (int, float) or not math.isfinite(offset) or abs(offset) > 3.4e38:
         raise CheckpointError(f"{where}: nested_offset is {offset!r}, expected a finite float32")
-    return state
+    return State(kind, tuple(shape), state["blocksize"], "nested_offset" in state, offset, state["dtype"])

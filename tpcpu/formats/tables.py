@@ -1,8 +1,7 @@
-"""The published tables of bitsandbytes: the 16 values of NF4 and the 256 of the 8-bit dynamic map.
+"""The published tables of bitsandbytes: the 16 values of NF4 and of FP4, and the 256 of the 8-bit dynamic map.
 
-Literals, because neither can be recomputed to the bit: the first comes from quantiles of the normal distribution, the
-second from a float32 `linspace` whose last bits belong to one library. Files carry their own copies, and readers use
-those.
+Literals, because neither NF4 nor the map can be recomputed to the bit: the first comes from quantiles of the normal
+distribution, the second from a float32 `linspace` whose last bits belong to one library. Files carry their own copies.
 """
 
 import base64
@@ -36,6 +35,12 @@ NF4_CODE.flags.writeable = False
 # NF4's decision points: the float32 middle of two neighbours; a value on a middle belongs to the lower code.
 NF4_MIDPOINTS: npt.NDArray[np.float32] = (NF4_CODE[:-1] + NF4_CODE[1:]) * np.float32(0.5)
 NF4_MIDPOINTS.flags.writeable = False
+
+# FP4: sign, then 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4. Its dequantiser has a negative zero, where its table has none.
+FP4_CODE: npt.NDArray[np.float32] = np.array(
+    [sign * value / 192 for sign in (1.0, -1.0) for value in (0, 1, 128, 192, 64, 96, 32, 48)], dtype=np.float32
+)
+FP4_CODE.flags.writeable = False
 
 # The 127 values strictly between 0 and 1, as little-endian float32: for i = 0..6, 10^(i-6) times the 2^i centres of
 # equal parts of [0.1, 1]. The map is their negatives, zero, themselves, and 1.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tpcpu.formats.tables import NF4_CODE
+from tpcpu.formats.nf4 import CODES
 from tpcpu.kernels import activations
 from tpcpu.kernels import record as R
 from tpcpu.kernels.isa import selected
@@ -82,7 +82,7 @@ class Products:
         self._rooms: dict[tuple[int, int], int] = {}
         self._gemm_rooms: dict[int, int] = {}
         self._copy_rows: dict[tuple[type, int], int] = {}
-        self._tables = _tables()
+        self._tables = {codebook: _tables(code) for codebook, code in CODES.items()}
         self.keep: list[object] = [self._tables]
         """What records name the addresses of."""
 
@@ -135,13 +135,14 @@ class Products:
         self._records.add([activations.quantise_one, several, several], {**words, **memory.words()})
 
     def add(self, read: Input, bound: Sequence[Bound]) -> None:
-        """Records of one product: segments of one format share a record."""
+        """Records of one product: segments of one format, and one codebook, share a record."""
         x, place = read.x, read.place
-        forms = sorted({each.packed.form for each in bound})
-        if not read.is_rounded and not self.exact and any(form not in R.FLOATS for form in forms):
+        kinds = sorted({(each.packed.form, each.packed.codebook) for each in bound})
+        if not read.is_rounded and not self.exact and any(form not in R.FLOATS for form, _ in kinds):
             self._round(x, place)
-        for form in forms:
-            of_form = [each for each in bound if each.packed.form == form]
+        for form, codebook in kinds:
+            of_form = [each for each in bound if (each.packed.form, each.packed.codebook) == (form, codebook)]
+            rounded_table, exact_table = self._tables[codebook]
             table = np.zeros((len(of_form), R.SEGMENT_WORDS), np.int64)
             for row, each in zip(table, of_form, strict=True):
                 row[:] = each.packed.segment
@@ -154,18 +155,18 @@ class Products:
                 R.COUNT: read.counted, R.FACTOR: float_bits(1 / 127 if form in (R.NF4, R.NF4_SINGLE) else 1.0),
             }  # fmt: skip
             if self.exact or form in R.FLOATS:
-                words.update({R.X: place.address, R.X_STRIDE: place.stride, R.TABLE: self._tables[1].ctypes.data})
+                words.update({R.X: place.address, R.X_STRIDE: place.stride, R.TABLE: exact_table.ctypes.data})
                 words.update({R.X_ONE: read.copies or place.address, R.IS_PRIVATE: int(read.copies != 0)})
             else:
                 rounded, name = self._rounded[x.width]
                 assert name == x.name, (name, x)
                 words.update(rounded.operands())
                 private = int(read.private)
-                words.update({R.X_ONE: words[R.X], R.IS_PRIVATE: private, R.TABLE: self._tables[0].ctypes.data})
+                words.update({R.X_ONE: words[R.X], R.IS_PRIVATE: private, R.TABLE: rounded_table.ctypes.data})
             words.update(self._scratch(len(of_form[0].packed.weight.columns)))
             words.update(self._room(form))
             kernels = [linear_of_one(form, self.exact), linear(form, self.exact), gemm(form, self.exact)]
-            self._records.add(kernels, words, apart=form == forms[-1])
+            self._records.add(kernels, words, apart=(form, codebook) == kinds[-1])
 
     def _room(self, form: int) -> dict[int, int]:
         """Memory of each thread for a product with many tokens, which leaves nothing there; plain kernels need none."""
@@ -179,7 +180,8 @@ class Products:
     def _scratch(self, columns: int) -> dict[int, int]:
         """Memory of each thread for one record: a decoded row, or the sums of a panel's spans.
 
-        Products without a barrier between them must not share it: there are no more in a row than formats.
+        Products without a barrier between them must not share it: there are no more in a row than formats (a product
+        has no more segments than that).
         """
         row = 4 * columns + BLOCK if PANEL_ROWS == 1 else 4 * PANEL_ROWS * (columns // (BLOCK * R.SPAN) + 1)
         turn = self._records.count % R.FORMATS
@@ -188,14 +190,14 @@ class Products:
         return {R.SCRATCH: self._rooms[columns, turn], R.SCRATCH_STRIDE: row, R.NUMBER: self._records.count + 1}
 
 
-def _tables() -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """The values of the codes as kernels look them up: as bytes of 127ths, and exactly."""
-    rounded = np.rint(NF4_CODE * 127).astype(np.int8)
+def _tables(code: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """The values of 4-bit codes as kernels look them up: as bytes of 127ths, and exactly."""
+    rounded = np.rint(code * 127).astype(np.int8)
     if PANEL_ROWS == 1:
         # Pairs by the published byte: the high half is the first.
         high, low = np.divmod(np.arange(256), 16)
-        return np.stack([rounded[high], rounded[low]], 1), np.stack([NF4_CODE[high], NF4_CODE[low]], 1)
+        return np.stack([rounded[high], rounded[low]], 1), np.stack([code[high], code[low]], 1)
     from tpcpu.kernels.simd import instructions
 
     biased = (rounded.astype(np.int16) + instructions.WEIGHT_BIAS).astype(np.uint8).view(np.int8)
-    return np.tile(biased, 4), NF4_CODE.copy()
+    return np.tile(biased, 4), code.copy()

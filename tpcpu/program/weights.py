@@ -39,7 +39,8 @@ class Source:
     two to a byte (columns / 2 uint8), int8, or floats; `scales` holds scale codes (uint8) or scales (float32), one
     per block. `groups` are the float32 scales of groups of 256 blocks, from the group `first_group` of the whole
     tensor on; `code` the 256 values of scale codes. `mapped`: `values` lie in a mapped file, whose pages are given
-    back as they are packed; never say so of memory that holds the only copy.
+    back as they are packed; never say so of memory that holds the only copy. `codebook`: whose 16 values 4-bit codes
+    stand for, `nf4` or `fp4`.
     """
 
     form: int
@@ -50,6 +51,7 @@ class Source:
     code: NDArray[np.float32] | None = None
     offset: float = 0.0
     mapped: bool = False
+    codebook: str = "nf4"
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Packed:
     segment: NDArray[np.int64]
     nbytes: int
     keep: tuple[Any, ...]
+    codebook: str = "nf4"
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ class Packer:
             segment[R.S_FIRST_BLOCK] = weight.rows.start * blocks + weight.columns.start // BLOCK
         groups_bytes = 0 if source.groups is None else source.groups.nbytes
         nbytes = sum(_sizes(rows, columns, source.form)) + groups_bytes
-        return Packed(weight, source.form, segment, nbytes, (self._arena, *keep))
+        return Packed(weight, source.form, segment, nbytes, (self._arena, *keep), source.codebook)
 
     def _take(self, nbytes: int) -> int:
         address = self._arena.address + self._used
