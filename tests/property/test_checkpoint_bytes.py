@@ -1,8 +1,10 @@
 """Random bytes where a checkpoint should be: always a CheckpointError or a valid reading, in bounded memory."""
 
+import io
 import json
 import struct
 import tracemalloc
+import zipfile
 
 import numpy as np
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from safetensors.numpy import save
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.checkpoint.folder import read_index
 from tpcpu.checkpoint.header import read_header
+from tpcpu.checkpoint.torch_file import TorchFile
 from tpcpu.errors import CheckpointError
 
 VALID = save({"a": np.arange(6, dtype=np.float32), "b.weight": np.zeros((2, 3), np.float16)})
@@ -86,6 +89,70 @@ class TestSafetensors:
     @given(st.integers(0, len(VALID)), st.binary(max_size=10))
     def test_a_valid_file_cut_or_lengthened(self, tmp_path_factory, size, more):
         check_file(tmp_path_factory.getbasetemp() / "cut.safetensors", VALID[:size] + more)
+
+
+def torch_file(pickled, *storages):
+    """A zip archive as torch writes it."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in (("data.pkl", pickled), *((f"data/{i}", data) for i, data in enumerate(storages))):
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+    return content.getvalue()
+
+
+TENSORS = (  # {"a": six values in rows of three, "b": the last two of them}
+    b"\x80\x02}(X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n(("
+    b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x06tq\x01QK\0"
+    b"K\x02K\x03\x86K\x03K\x01\x86\x89ccollections\nOrderedDict\n)RtR"
+    b"X\x01\0\0\0bctorch._utils\n_rebuild_tensor_v2\n(h\x01QK\x04K\x02\x85K\x01\x85\x89NtRu."
+)
+VALID_TORCH = torch_file(TENSORS, np.arange(6, dtype=np.float32).tobytes())
+
+
+def check_torch_file(path, content):
+    path.write_bytes(content)
+    file = attempt(TorchFile, path)
+    for tensor in file.tensors if file else ():
+        start = file.offset(tensor)
+        assert start is None or 0 <= start <= start + tensor.nbytes <= len(content)
+        assert file.array(tensor).nbytes == tensor.nbytes
+
+
+class TestTorch:
+    def test_the_valid_file(self, tmp_path):
+        (tmp_path / "valid.bin").write_bytes(VALID_TORCH)
+        file = TorchFile(tmp_path / "valid.bin")
+        found = {tensor.name: file.array(tensor).tolist() for tensor in file.tensors}
+        assert found == {"a": [[0, 1, 2], [3, 4, 5]], "b": [4, 5]}
+
+    @given(st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02"]))
+    def test_any_bytes(self, tmp_path_factory, content, before):
+        check_torch_file(tmp_path_factory.getbasetemp() / "any.bin", before + content)
+
+    @given(st.binary(max_size=80))
+    def test_any_pickle(self, tmp_path_factory, content):
+        check_torch_file(tmp_path_factory.getbasetemp() / "pickle.bin", torch_file(b"\x80\x02" + content))
+
+    @given(st.lists(st.tuples(st.integers(2, len(TENSORS) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+    @settings(max_examples=300)
+    def test_a_valid_pickle_with_bytes_changed(self, tmp_path_factory, changes):
+        content = bytearray(TENSORS)
+        for place, value in changes:
+            content[place] = value
+        file = torch_file(bytes(content), bytes(24))
+        check_torch_file(tmp_path_factory.getbasetemp() / "changed-pickle.bin", file)
+
+    @given(st.lists(st.tuples(st.integers(0, len(VALID_TORCH) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+    @settings(max_examples=300)
+    def test_a_valid_file_with_bytes_changed(self, tmp_path_factory, changes):
+        content = bytearray(VALID_TORCH)
+        for place, value in changes:
+            content[place] = value
+        check_torch_file(tmp_path_factory.getbasetemp() / "changed.bin", bytes(content))
+
+    @given(st.integers(0, len(VALID_TORCH)), st.binary(max_size=10))
+    def test_a_valid_file_cut_or_lengthened(self, tmp_path_factory, size, more):
+        check_torch_file(tmp_path_factory.getbasetemp() / "cut.bin", VALID_TORCH[:size] + more)
 
 
 def check_index(path, content):

@@ -4,6 +4,8 @@ import json
 import mmap
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tpcpu.checkpoint import Checkpoint
+from tpcpu.checkpoint.torch_file import TorchFile
 from tpcpu.errors import CheckpointError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -290,7 +293,8 @@ def torch_folder(tmp_path):
     return torch, folder
 
 
-def test_torch_file(torch_folder):
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before-1.6"])
+def test_torch_file(torch_folder, old):
     torch, folder = torch_folder
     embedding = torch.randn(8, 64).to(torch.bfloat16)
     tensors = {
@@ -300,17 +304,31 @@ def test_torch_file(torch_folder):
         "turned": torch.randn(4, 6).t(),
         "slice": torch.arange(10.0)[2:5],
         "scalar": torch.tensor(2.0),
+        "none": torch.zeros(0, 4),
+        "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+        "byte": torch.arange(7, dtype=torch.uint8),
+        "eight": torch.randn(5).to(torch.float8_e4m3fn),
     }
-    torch.save(tensors, folder / "pytorch_model.bin")
+    layer = torch.nn.Linear(3, 2)
+    state = layer.state_dict()  # an ordered dictionary with an attribute
+    state.update(tensors)
+    tensors |= {"weight": layer.weight, "bias": layer.bias}
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
     with Checkpoint.open(folder) as checkpoint:
         assert checkpoint.tensors["embedding"].dtype == "BF16"
         for name, tensor in tensors.items():
             found = checkpoint.array(name)
             assert found.shape == tuple(tensor.shape)
             assert not found.flags.writeable
-            assert np.array_equal(found.astype(np.float32), tensor.float().numpy())
+            theirs = tensor.detach().float().numpy()
+            assert np.array_equal(found.astype(np.float32), theirs)
             checkpoint.release(name)
-            assert np.array_equal(found.astype(np.float32), tensor.float().numpy())
+            assert np.array_equal(found.astype(np.float32), theirs)
+            if checkpoint.is_mapped(name) and found.size:
+                file, start = checkpoint.place(name)
+                assert file.read_bytes()[start : start + found.nbytes] == found.tobytes()
+        assert not checkpoint.is_mapped("turned")
+        assert checkpoint.place("turned") is None
 
 
 def test_torch_shards(torch_folder):
@@ -337,40 +355,95 @@ class Hostile:
 
 def test_a_hostile_pickle_is_refused_and_not_executed(torch_folder, tmp_path):
     torch, folder = torch_folder
-    trace = tmp_path / "trace"
+    trace, file = tmp_path / "trace", folder / "pytorch_model.bin"
     torch.save({"a": torch.zeros(1), "b": Hostile(trace)}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="torch cannot read it as weights only"):
-        Checkpoint.open(folder)
-    assert not trace.exists()
+    for old in (False, True):
+        torch.save({"a": torch.zeros(1), "b": Hostile(trace)}, file, _use_new_zipfile_serialization=not old)
+        with pytest.raises(CheckpointError, match=r"Path.*write_text|getattr|pathlib.*nothing was executed") as error:
+            Checkpoint.open(folder)
+        assert str(file) in str(error.value)
+        assert not trace.exists()
+
+
+def pickled(*opcodes):
+    return b"\x80\x02" + b"".join(opcodes) + b"."
+
+
+CODE = {
+    "a function": (pickled(b"cos\nsystem\n(X\x02\0\0\0lstR"), "os.system"),
+    "a built-in function": (pickled(b"c__builtin__\neval\n(X\x01\0\0\x001tR"), "__builtin__.eval"),
+    "a function of torch": (pickled(b"ctorch.hub\nload\n(X\x01\0\0\0atR"), "torch.hub.load"),
+    "a class by the old opcode": (pickled(b"(ios\nsystem\n"), "opcode INST"),
+    "an object": (pickled(b"(ctorch\nSize\no"), "opcode OBJ"),
+    "a new object": (pickled(b"ctorch\nSize\n)\x81"), "opcode NEWOBJ"),
+    "an extension": (pickled(b"\x82\x01"), "opcode EXT1"),
+    "state of a function": (
+        pickled(b"}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n}X\x08\0\0\0__name__K\x01sbs"),
+        "entry 'a' is a function",
+    ),
+    "what is called is no function": (pickled(b"K\x01)R"), "no pickle of weights"),
+    "tuples of tuples as a key": (pickled(b"})", b"q\0h\0\x86q\0" * 70, b"K\x01s"), "a key that is a tuple"),
+    "tuples of tuples as a shape": (
+        pickled(b"ctorch._utils\n_rebuild_tensor_v2\n(NK\0)", b"q\0h\0\x86q\0" * 70, b")tR"), "no tuples of sizes"),
+    "a length beyond the file": (pickled(b"X\xff\xff\xff\x7f"), "no pickle of weights"),
+    "a reference far away": (pickled(b"]r\xff\xff\xff\xff"), "holds a list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_pickles_that_are_no_weights(tmp_path, case):
+    content, message = CODE[case]
+    file = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        TorchFile(file)
+    assert str(file) in str(error.value)
 
 
 def test_torch_files_that_are_wrong(torch_folder):
     torch, folder = torch_folder
     file = folder / "pytorch_model.bin"
-    for content in (b"", b"no zip", pickle.dumps({"a": 1})):
+    for content in (b"", b"no zip", pickle.dumps({"a": 1}), pickle.dumps({"a": 1}, protocol=2), b"PK\x03\x04"):
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match="torch cannot read it") as error:
+        with pytest.raises(CheckpointError, match=r"no torch file|no pickle of weights|something else|zip") as error:
             Checkpoint.open(folder)
         assert "\n" not in str(error.value)
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02garbage")
-    with pytest.raises(CheckpointError, match="torch cannot read it"):
-        Checkpoint.open(folder)
+    for entries, compression, message in (
+        ({"archive/data.pkl": b"\x80\x02garbage"}, zipfile.ZIP_STORED, "opcode GET"),
+        ({"archive/data.pkl": pickle.dumps({})}, zipfile.ZIP_DEFLATED, "compressed"),
+        ({"archive/data.pkl": pickle.dumps({}), "archive/byteorder": b"big"}, zipfile.ZIP_STORED, "byte order"),
+        ({"archive/version": b"3"}, zipfile.ZIP_STORED, "0 descriptions"),
+    ):
+        with zipfile.ZipFile(file, "w", compression) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint.open(folder)
     for content, message in (
         ([1], "holds a list"),
         ({"a": 1}, "entry 'a' is a int"),
         ({1: torch.zeros(1)}, "entry 1"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "tensor a"),
-        ({"a": torch.eye(2).to_sparse()}, "tensor a"),
+        ({"a": torch.eye(2).to_sparse()}, "'a' is a sparse tensor"),
+        ({"a": torch.zeros(1, 5).expand(3, 5)}, "tensor a .* repeats values"),
     ):
         torch.save(content, file)
         with pytest.raises(CheckpointError, match=message):
             Checkpoint.open(folder)
+    for old in (False, True):
+        torch.save({"a": torch.zeros(300), "b": torch.zeros(300)}, file, _use_new_zipfile_serialization=not old)
+        file.write_bytes(file.read_bytes()[:-1300])
+        with pytest.raises(CheckpointError, match=r"zip|cut short"):
+            Checkpoint.open(folder)
 
 
-def test_without_torch_the_error_says_how_to_get_it(torch_folder, monkeypatch):
+def test_torch_files_are_read_without_torch(torch_folder):
     torch, folder = torch_folder
-    torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'tpcpu\[torch\]'"):
-        Checkpoint.open(folder)
+    torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin")
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom tpcpu.checkpoint import Checkpoint\n"
+        "print(Checkpoint.open(sys.argv[1]).array('a'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[1.]"
