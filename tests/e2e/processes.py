@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.flavours import ALLOWED, CROWDED, LAUNCHER_VARIABLES, rank_in, variables_of
 from tpcpu.parallel.segments import named_segments
 
 PROJECT = Path(__file__).parents[2]
 SECONDS = 240  # the first program on a machine compiles the kernels
-LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "OMPI_", "SLURM_", "HYDRA", "MPI_LOCAL", "MPIR_CVAR")
 
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without what a launcher told it, and with the mpiexec beside this Python first."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(PROJECT)}
-    return {**kept, **paths, **more}
+    return {**kept, **paths, **ALLOWED, **CROWDED, **more}
 
 
 class Family:
@@ -55,15 +55,7 @@ class Family:
 
     def ranks(self) -> list[int]:
         """The processes that a launcher started, by rank."""
-        ranks = {}
-        for number in self.members():
-            try:
-                variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            for variable in variables:
-                if variable.startswith(b"PMI_RANK="):
-                    ranks[int(variable.partition(b"=")[2])] = number
+        ranks = {rank: number for number in self.members() if (rank := rank_in(variables_of(number))) is not None}
         return [ranks[rank] for rank in sorted(ranks)]
 
     def say_until(self, word: str) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.e2e.test_commands import LLAMA, TPCPU, YUAN, assert_refused, environment
+from tests.e2e.processes import environment
+from tests.e2e.test_commands import LLAMA, TPCPU, YUAN, assert_refused
 from tpcpu import LLM
 from tpcpu.errors import CheckpointError
 from tpcpu.formats.nf4 import STATE_KEY

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.processes import environment
+
 DATA = Path(__file__).parents[1] / "data"
 LLAMA = DATA / "llama-tiny"
 YUAN = DATA / "yuan-tiny"
@@ -21,14 +23,7 @@ STORY = next(case for case in json.loads((LLAMA / "reference.json").read_text())
 
 SECONDS = 240  # the first command on a machine compiles the kernels
 TPCPU = [sys.executable, "-m", "tpcpu"]
-LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "OMPI_", "SLURM_", "HYDRA", "MPI_LOCAL", "MPIR_CVAR")
 GREEDY = ["--temperature", "0", "--max-tokens", "48", "--ignore-eos"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher told it, and with the mpiexec beside this Python first."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more}
 
 
 def run(

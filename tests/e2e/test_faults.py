@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.processes import Family, eventually, family
+from tests.flavours import flavour
 
 DATA = Path(__file__).parents[1] / "data"
 TIMEOUT = 3.0
@@ -20,6 +21,7 @@ PROGRAM = f"""
 import ctypes, os, sys, threading, time
 from pathlib import Path
 from tpcpu import LLM, SamplingParams
+from tpcpu.parallel.announcement import announced
 from tpcpu.parallel.communicator import connect
 
 {{before}}
@@ -33,6 +35,12 @@ with LLM({str(DATA / "yuan-tiny")!r}, exact=True, fault_timeout={TIMEOUT}) as ll
 LINE = re.compile(r"^tpcpu: error: (.*)$", re.MULTILINE)
 WHERE = r"(in (layer \d+ [\w. +]+|[a-z_.]+)|between two steps)"
 HOST = re.escape(os.uname().nodename)
+PROXY = [] if flavour() == "openmpi" else ["proxy"]
+"""The process between mpiexec and the ranks of a host; Open MPI has one on other hosts only."""
+
+
+def marked(parameter: str) -> object:
+    return pytest.param(parameter, marks=pytest.mark.flavours)
 
 
 def start(folder: Path, *, before: str = "", begin: str = "pass", ranks: int = 2) -> list[str]:
@@ -66,7 +74,7 @@ def line_of(started: Family, since: float, within: float) -> str:
     return str(lines[0])
 
 
-@pytest.mark.parametrize("who", ["0", "1", "mpiexec", "proxy", "witness"])
+@pytest.mark.parametrize("who", ["0", marked("1"), marked("mpiexec"), *PROXY, "witness"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_process_is_lost(tmp_path, who, number):
     files = set(Path("/tmp").glob("hydra_hwloc*"))
@@ -156,7 +164,7 @@ def memory_group() -> Iterator[Path]:
 
 def test_a_rank_has_no_memory_left(tmp_path, memory_group):
     enter = f"""
-if os.environ["PMI_RANK"] == "1":
+if announced().rank == 1:
     Path({str(memory_group)!r}, "cgroup.procs").write_text(str(os.getpid()))
 """
     begin = """

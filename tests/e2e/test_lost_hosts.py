@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.processes import Family, family
 from tests.e2e.test_faults import LINE, TIMEOUT, WHERE, start
+from tests.flavours import rank_in, variables_of
 from tests.hosts import Hosts, hosts, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -24,8 +25,7 @@ def job(made: Hosts, folder: Path) -> list[str]:
 def rank_of(started: Family, number: int) -> int:
     """Of the processes that run the program, the one with this rank."""
     for pid, command in started.members().items():
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if command.startswith(sys.executable) and f"PMI_RANK={number}".encode() in variables:
+        if command.startswith(sys.executable) and rank_in(variables_of(pid)) == number:
             return pid
     raise AssertionError(f"no rank {number}: {started.members()}")
 

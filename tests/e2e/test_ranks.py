@@ -1,4 +1,4 @@
-"""What ranks do to a machine: where their threads run, what they use while idle, and more of them than cores."""
+"""What ranks do to a machine: what they use while idle, and more of them than cores."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import SECONDS, environment, family
-from tpcpu import LLM, SamplingParams
-from tpcpu.parallel.topology import Topology
+from tests.e2e.processes import SECONDS, Family, environment, family
+from tests.flavours import flavour
+from tests.hosts import hosts, missing
 
 DATA = Path(__file__).parents[1] / "data"
 YUAN = DATA / "yuan-tiny"
@@ -20,68 +20,61 @@ GENERATE = [sys.executable, "-m", "tpcpu", "generate", "--model", YUAN, "--promp
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def descendants() -> list[int]:
-    """All processes below this one."""
-    found, new = [], [os.getpid()]
-    while new:
-        number = new.pop()
-        found.append(number)
-        for thread in Path(f"/proc/{number}/task").iterdir():
-            new += map(int, (thread / "children").read_text().split())
-    return found
-
-
-def used_seconds() -> float:
-    """Processor time of this process and all below it."""
-    total = 0
-    for number in descendants():
-        # the name, in brackets, may hold blanks
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / TICKS
-
-
-def test_idle_ranks_use_no_processor():
-    """Under 2 % of a core is asked; what a loaded machine's clock ticks may add is left open."""
-    with LLM(YUAN, ranks=2, format="nf4") as llm:
+WAITING = f"""
+import sys
+from tpcpu import LLM, SamplingParams
+with LLM({str(YUAN)!r}, format="nf4") as llm:
+    for _ in range(2):
         llm.generate("Once", SamplingParams(max_tokens=4))
-        time.sleep(0.3)  # ranks look closely for a moment
-        before, start = used_seconds(), time.monotonic()
-        time.sleep(3)
-        assert (used_seconds() - before) / (time.monotonic() - start) < 0.03
+        if llm.is_root:
+            print("waits", flush=True)
+            sys.stdin.readline()
+"""
+LENGTHS = [3, pytest.param(30, marks=pytest.mark.full)]
 
 
-def masks(number: int) -> list[str]:
-    """The CPUs that each thread of a process may run on."""
-    found = []
-    for thread in Path(f"/proc/{number}/task").iterdir():
-        lines = (thread / "status").read_text().splitlines()
-        found.append(next(line.split()[1] for line in lines if line.startswith("Cpus_allowed_list")))
-    return found
+def used_seconds(number: int) -> float:
+    """Processor time of a process."""
+    # the name, in brackets, may hold blanks
+    fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-@pytest.mark.skipif(len(Topology.detect().cores) < 2, reason="needs two cores")
-def test_threads_of_two_ranks_are_pinned_to_cores_of_their_own(tmp_path):
-    """The caller of a step is placed while it runs, so rank 0 is looked at until it is seen at work."""
-    text = [
-        "from tpcpu import LLM, SamplingParams",
-        f"with LLM({str(YUAN)!r}, exact=True) as llm:",
-        "    while True:",
-        "        for chunk in llm.stream('Once', SamplingParams(max_tokens=400, ignore_eos=True)):",
-        "            print('begun', flush=True) if llm.is_root else None",
-    ]
-    (tmp_path / "program.py").write_text("\n".join(text))
-    arguments = ["mpiexec", "-n", "2", sys.executable, "program.py"]
-    with family(arguments, tmp_path, stderr=subprocess.DEVNULL) as started:
-        started.say_until("begun")
-        topology, (first, second) = Topology.detect(), started.ranks()
-        wanted = [{str(cpu) for cpu in topology.cores_for(rank, 2)} for rank in (0, 1)]
-        assert wanted[0].isdisjoint(wanted[1])
-        deadline = time.monotonic() + 20
-        while not (wanted[0] <= set(masks(first)) and wanted[1] <= set(masks(second))):
-            assert time.monotonic() < deadline, (masks(first), masks(second), wanted)
-        assert wanted[0].isdisjoint(masks(second))
-        assert wanted[1].isdisjoint(masks(first))
+def assert_idle(started: Family, seconds: float) -> None:
+    """Every process, launchers and witnesses among them, uses less than 2 % of a core; ranks end when told to go on."""
+    started.say_until("waits")
+    time.sleep(0.5)  # ranks look closely for a moment
+    before = {number: used_seconds(number) for number in started.members()}
+    start = time.monotonic()
+    time.sleep(seconds)
+    shares = {number: (used_seconds(number) - used) / (time.monotonic() - start) for number, used in before.items()}
+    commands = started.members()
+    assert {commands[number]: share for number, share in shares.items() if share >= 0.02} == {}
+    started.process.communicate("\n\n", timeout=SECONDS)
+    assert started.process.returncode == 0
+    started.assert_nothing_left()
+
+
+@pytest.mark.flavours
+@pytest.mark.parametrize("seconds", LENGTHS)
+@pytest.mark.parametrize("driver", [True, False], ids=["a driver", "mpiexec"])
+def test_idle_ranks_use_no_processor(tmp_path, driver, seconds):
+    """A driver that waits, and ranks under mpiexec whose rank 0 does."""
+    (tmp_path / "program.py").write_text(WAITING.replace('"nf4")', '"nf4", ranks=2)') if driver else WAITING)
+    launcher = [] if driver else ["mpiexec", "-n", "2"]
+    with family([*launcher, sys.executable, "program.py"], tmp_path, stdin=subprocess.PIPE) as started:
+        assert_idle(started, seconds)
+
+
+@pytest.mark.flavours
+@pytest.mark.full
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_idle_ranks_of_two_hosts_use_no_processor(tmp_path):
+    (tmp_path / "program.py").write_text(WAITING)
+    with hosts(2, tmp_path) as made:
+        command = made.command([2, 1], [sys.executable, "program.py"], flavour())
+        with family(command, tmp_path, stdin=subprocess.PIPE) as started:
+            assert_idle(started, 30)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, 
 from tpcpu.parallel.segments import mapped_segments
 from tpcpu.parallel.team import Team
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.flavours]
 
 DTYPES = [np.float32, np.int32, np.uint8, np.int64, ml_dtypes.bfloat16]
 

@@ -13,7 +13,7 @@ from tpcpu.parallel.mailbox import ARRAY_BYTES
 from tpcpu.parallel.team import Team
 from tpcpu.parallel.window import NEVER
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.flavours]
 
 
 @pytest.fixture(params=["even", "uneven"])

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
             "seed": completion.seed,
             "ttft_ms": completion.ttft_ms,
             "decode_tokens_per_s": completion.decode_tokens_per_s,
+            "ranks": llm.info.ranks,
         }
         if llm.info.ranks > 1:
             result["slow_ranks"] = [dataclasses.asdict(each) for each in llm.slow_ranks]
