@@ -16,9 +16,10 @@ YUAN = PROJECT / "tests" / "data" / "yuan-tiny"
 PROGRAM = f"""
 from tpcpu import LLM, SamplingParams
 with LLM({str(YUAN)!r}, exact=True) as llm:
+    print("begun", flush=True) if llm.is_root else None
     while True:
         for chunk in llm.stream("Once", SamplingParams(max_tokens=400, ignore_eos=True)):
-            print("begun", flush=True) if llm.is_root else None
+            pass
 """
 # `-bind-to none` and its like are what hostfiles/README.md asks for; the others are what people use besides
 FLAGS = {
@@ -45,7 +46,7 @@ def check(command: list[str | Path], folder: Path, shares: list[tuple[int, int]]
     """
     (folder / "program.py").write_text(PROGRAM)
     unset = [word for name in CROWDED for word in ("-u", name)]  # with it Open MPI would bind nothing
-    with family(["env", *unset, *command], folder, stderr=subprocess.DEVNULL) as started:
+    with family(["env", *unset, *command], folder) as started:
         started.say_until("begun")
         topology, ranks = Topology.detect(), started.ranks()
         assert len(ranks) == len(shares)
