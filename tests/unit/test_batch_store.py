@@ -76,14 +76,18 @@ def answers(path: Path) -> dict[Any, Any]:
     return {line["id"]: line for line in lines}
 
 
-@pytest.fixture
-def given(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
+def lines_to_answer(path: Path) -> Path:
+    """All kinds of sampling, and three lines that cannot be answered."""
     prompts = np.random.default_rng(0).integers(1, VOCABULARY, (14, 9)).tolist()
     lines = [json.dumps({"id": i, "prompt": prompt, **KINDS[i % 4]}) for i, prompt in enumerate(prompts)]
     lines[5:5] = ["{", json.dumps({"id": 2, "prompt": [1]}), json.dumps({"id": "long", "prompt": [1] * 97}), ""]
     path.write_text("\n".join(lines))
     return path
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    return lines_to_answer(tmp_path / "in.jsonl")
 
 
 @pytest.fixture
