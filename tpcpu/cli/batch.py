@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from tpcpu.sampling import SamplingParams
     from tpcpu.text import Tokenizer
 
+_MISTAKE = 2
+"""The highest exit code that tells of something else than a signal."""
+
 _GRACE_SECONDS = 60.0
 """For ranks to finish a step and write their state out, however large the model and slow the disk."""
 
@@ -58,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
             return _run_or_start(args, stop)
     except Stopped:
         return EXIT_STOPPED
+    except Exception:
+        if stop.has_raised:
+            return stop.exit_code
+        raise
 
 
 def _run_or_start(args: argparse.Namespace, stop: Stop) -> int:
@@ -68,11 +75,11 @@ def _run_or_start(args: argparse.Namespace, stop: Stop) -> int:
     if not launcher.in_launcher():
         ranks = Topology.detect().default_ranks() if args.ranks == "auto" else args.ranks
         if ranks > 1:
-            return _start(args, ranks)
+            return _start(args, ranks, stop)
     return _answer(args, params, stop)
 
 
-def _start(args: argparse.Namespace, ranks: int) -> int:
+def _start(args: argparse.Namespace, ranks: int, stop: Stop) -> int:
     """The same command again, on ranks that are started for it: rank 0 reads, decides and writes."""
     from tpcpu.checkpoint import Checkpoint
     from tpcpu.models import read_config
@@ -85,7 +92,14 @@ def _start(args: argparse.Namespace, ranks: int) -> int:
     # -P: a file in this folder must not stand in for a module that the ranks import.
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tpcpu.cli import main; sys.exit(main())"
     argv = [sys.executable, "-P", "-c", code, str(Path(__file__).parents[2]), *args.arguments]
-    return launcher.run(ranks, argv, stdin=subprocess.DEVNULL, grace=_GRACE_SECONDS)
+    with (
+        launcher.start(ranks, argv, stdin=subprocess.DEVNULL, grace=_GRACE_SECONDS) as job,
+        job.forwarding(),
+        stop.passing_on(job.send_signal),
+    ):
+        ended = job.wait()
+    # Ranks that were only just starting die of the signal.
+    return stop.exit_code if stop.asked() and ended > _MISTAKE else ended
 
 
 def _answer(args: argparse.Namespace, params: "SamplingParams", stop: Stop) -> int:

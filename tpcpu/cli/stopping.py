@@ -5,7 +5,7 @@ with `EXIT_STOPPED`: what is done is safe, and the same command goes on from the
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,6 +23,8 @@ class Stop:
 
     def __init__(self) -> None:
         self._number = 0
+        self.has_raised = False
+        """Whether something was broken off. What was being imported may have made another exception of it."""
 
     def asked(self) -> bool:
         """Whether a signal came."""
@@ -36,7 +38,7 @@ class Stop:
     @contextmanager
     def raising(self) -> Iterator[None]:
         """Inside, a signal raises: `Stopped`, or KeyboardInterrupt. For what may be broken off anywhere."""
-        with _handled(self._raise, _STOPPING):
+        with _handled(self._raise, (*_STOPPING, signal.SIGINT)):
             yield
 
     @contextmanager
@@ -45,9 +47,21 @@ class Stop:
         with _handled(self._note, (*_STOPPING, signal.SIGINT)):
             yield
 
+    @contextmanager
+    def passing_on(self, send: Callable[[int], None]) -> Iterator[None]:
+        """Inside, a signal is noted and sent on. For whoever waits for other processes to end."""
+
+        def note_and_send(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            self._number = self._number or number
+            send(number)
+
+        with _handled(note_and_send, (*_STOPPING, signal.SIGINT)):
+            yield
+
     def _raise(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._number = self._number or number
-        raise Stopped
+        self.has_raised = True
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if number == self._number == signal.SIGINT:
