@@ -12,7 +12,6 @@ import os
 import secrets
 import select
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -31,6 +30,8 @@ from tpcpu.engine.requests import Chunk, Completion
 from tpcpu.errors import PromptError, RankError, TpcpuError
 from tpcpu.parallel import launcher
 from tpcpu.parallel.communicator import AllReduceKind, connect
+from tpcpu.parallel.outcry import Outcry
+from tpcpu.parallel.processes import user
 from tpcpu.sampling import SamplingParams
 from tpcpu.text import Prompt, check_text
 
@@ -99,6 +100,7 @@ class Remote:
         self._lines: _Lines | None = None
         self._progress = progress or Silent()
         self._job: launcher.Job | None = None
+        self._outcry: Outcry | None = None
         self._number = 0
         self.slow_ranks: list[Slow] = []
         """Ranks that the others have been seen to wait for."""
@@ -118,7 +120,11 @@ class Remote:
             # beside the answer. -P: a file in this folder must not stand in for a module that the ranks import.
             code = f"import sys; sys.path.insert(0, {_PACKAGE_PARENT!r}); from tpcpu import ranks; ranks.run()"
             argv = [sys.executable, "-P", "-c", code, name, all_reduce, str(options.fault_timeout)]
-            self._job = launcher.start(ranks, argv, stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR)
+            self._job = launcher.start(
+                ranks, argv, stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR, stderr=subprocess.PIPE
+            )
+            # An error of the ranks is raised here, and told by whoever catches it: once.
+            self._outcry = Outcry(self._job.process.stderr, withhold=True)
             self._lines = _Lines(self._accept(listener))
         self._send({"path": str(path), "options": asdict(options)})
         while "ready" not in (message := self._receive()):
@@ -131,12 +137,13 @@ class Remote:
         while time.monotonic() < deadline:
             with suppress(TimeoutError):
                 connection = listener.accept()[0]
-                if _peer(connection) == os.getuid():
+                # an abstract name is there for all users of the host
+                if user(connection) == os.getuid():
                     connection.settimeout(None)
                     return connection
                 connection.close()
             if (code := self._job.poll()) is not None:
-                raise RankError(f"the ranks ended while starting, with exit code {code}; what they said is above")
+                raise self._error(f"the ranks ended while starting, with exit code {code}")
         raise RankError(f"the ranks did not start within {_CONNECT_SECONDS} s; does mpiexec work on this machine?")
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
@@ -183,6 +190,10 @@ class Remote:
         if self._job is not None:
             self._job.stop()
             self._job = None
+        if self._outcry is not None:
+            # What came after the last request, and so was never raised.
+            for line in self._outcry.errors():
+                sys.stderr.write(f"tpcpu: error: {line}\n")
 
     def _send(self, message: _Message) -> None:
         assert self._lines is not None
@@ -211,13 +222,12 @@ class Remote:
     def _gone(self) -> NoReturn:
         assert self._job is not None
         code = self._job.stop()
-        raise RankError(f"the ranks ended unexpectedly, with exit code {code}; what they said is above")
+        raise self._error(f"the ranks ended unexpectedly, with exit code {code}")
 
-
-def _peer(connection: socket.socket) -> int:
-    """The user at the other end: an abstract name is there for all users of the host."""
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(user)
+    def _error(self, otherwise: str) -> RankError:
+        """What the ranks that have ended said was wrong."""
+        said = dict.fromkeys(self._outcry.errors()) if self._outcry is not None else {}
+        return RankError("; ".join(said) or f"{otherwise}; what they said is above")
 
 
 def _completion(fields: _Message) -> Completion:

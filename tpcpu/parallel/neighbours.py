@@ -1,8 +1,8 @@
 """The witnesses of a job's other hosts, over TCP: that they are alive, and what they have seen.
 
 Knows sockets and lines of JSON; must not know processes, nor what is to be done about a fault. Every two witnesses
-have one connection; the one of the later host calls. What comes is answered by the job's secret, which travels as it
-is: the network of a cluster is taken to be its own.
+have one connection; the one of the later host calls. Each shows the other that it knows the job's secret, which itself
+does not travel; what is said then is open.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import fcntl
 import hmac
 import json
 import os
+import secrets
 import selectors
 import socket
 import struct
@@ -130,9 +131,11 @@ class Neighbours:
     def _greet(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError):
             connection.settimeout(_DIAL_SECONDS)
+            question = secrets.token_hex(16)
+            _say(connection, {"question": question})
             caller = _line(connection)
-            if hmac.compare_digest(str(caller["secret"]), self._secret) and caller["host"] in self.others:
-                connection.sendall(json.dumps({"host": self._host}).encode() + b"\n")
+            if self._knows_secret(caller, question) and caller["host"] in self.others:
+                _say(connection, {"host": self._host, "answer": self._answer(caller["question"], self._host)})
                 self._introduce(int(caller["host"]), connection)
                 return
         connection.close()
@@ -141,12 +144,21 @@ class Neighbours:
         for address in other.offer["addresses"]:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 connection = socket.create_connection((address, other.offer["port"]), _DIAL_SECONDS)
-                hello = {"secret": self._secret, "host": self._host}
-                connection.sendall(json.dumps(hello).encode() + b"\n")
-                if _line(connection)["host"] == other.host:
+                question = secrets.token_hex(16)
+                answer = self._answer(_line(connection)["question"], self._host)
+                _say(connection, {"host": self._host, "answer": answer, "question": question})
+                called = _line(connection)
+                if self._knows_secret(called, question) and called["host"] == other.host:
                     self._introduce(other.host, connection)
                     return
                 connection.close()
+
+    def _answer(self, question: str, host: int) -> str:
+        """What only who knows the secret can say, and a host only of itself."""
+        return hmac.digest(self._secret.encode(), f"{question} {host}".encode(), "sha256").hex()
+
+    def _knows_secret(self, message: Message, question: str) -> bool:
+        return hmac.compare_digest(str(message["answer"]), self._answer(question, message["host"]))
 
     def _introduce(self, host: int, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -174,6 +186,10 @@ class Neighbours:
                 other.connection.close()
                 other.connection = None
             self._told(other, message)
+
+
+def _say(connection: socket.socket, message: Message) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _line(connection: socket.socket) -> Message:

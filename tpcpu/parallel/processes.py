@@ -8,12 +8,16 @@ import ctypes
 import fcntl
 import os
 import signal
+import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 _LAUNCHERS = ("mpiexec", "mpirun", "hydra", "prte", "prun", "orte", "orted", "srun")
 _KEEPER = b"keeper.main()"
+
+TICKS = os.sysconf("SC_CLK_TCK")
+"""Of work in a second."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PIDFD_GETFD = 438  # on every architecture
@@ -31,6 +35,8 @@ class Stat:
     state: str
     parent: int
     used: tuple[int, int]
+    is_in_background: bool
+    """Of a terminal: whoever sits there has sent it there, or has stopped it, and may bring it back."""
 
     @property
     def is_stopped(self) -> bool:
@@ -46,7 +52,11 @@ def stat(pid: int) -> Stat | None:
     except OSError:
         return None
     fields = tail.split()
-    return Stat(head.partition("(")[2], fields[0], int(fields[1]), (int(fields[9]), int(fields[11]) + int(fields[12])))
+    group, terminal, foreground = int(fields[2]), int(fields[4]), int(fields[5])
+    return Stat(
+        head.partition("(")[2], fields[0], int(fields[1]), (int(fields[9]), int(fields[11]) + int(fields[12])),
+        terminal != 0 and group != foreground,
+    )  # fmt: skip
 
 
 def children(pid: int) -> list[int]:
@@ -98,6 +108,23 @@ def standard_error(pid: int, pidfd: int) -> int | None:
     with contextlib.suppress(OSError):
         return os.open(f"/proc/{pid}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY)
     return None
+
+
+def open_files(pid: int, name: str) -> list[Path]:
+    """Those of a process whose names begin with `name`."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            path = link.readlink()
+            if path.name.startswith(name) and not path.name.endswith(" (deleted)"):
+                found.append(path)
+    return found
+
+
+def user(connection: socket.socket) -> int:
+    """Who is at the other end of a Unix socket."""
+    _, found, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(found)
 
 
 def ending(pid: int, pidfd: int) -> int | None:

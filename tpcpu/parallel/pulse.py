@@ -88,9 +88,14 @@ class Pulse:
         return self._words[_NOTE], self._words[_NOTE + 1]
 
     @property
+    def stepping(self) -> bool:
+        """Whether the rank is in an operation of a step."""
+        return self._words[_PHASE] == WORKING and self._words[_NOTE] >= 0
+
+    @property
     def exchanging(self) -> bool:
-        """Whether the rank is in an operation that waits for other ranks."""
-        if self._words[_PHASE] != WORKING:
+        """Whether that operation waits for other ranks."""
+        if not self.stepping:
             return False
         self._read_names()
         return self._words[_NOTE] in self._exchanges

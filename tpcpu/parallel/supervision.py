@@ -7,7 +7,6 @@ Knows processes, exit codes and hosts; must not know what the command does. Ever
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from tpcpu.parallel import launcher
 from tpcpu.parallel.hostfile import Host
 from tpcpu.parallel.keeper import FORWARDED, end_descendants
 from tpcpu.parallel.lifeline import adopt_orphans
+from tpcpu.parallel.outcry import Outcry
 from tpcpu.parallel.processes import stat, tree
 
 _FINAL = (0, 2, EXIT_STOPPED, 130)
@@ -26,7 +26,6 @@ _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _LOOK_SECONDS = 0.2
 _PROBE_SECONDS = 20.0
-_ERROR = b"tpcpu: error: "
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,7 @@ class Supervisor:
         job = self._job = launcher.Job(
             arguments, self._policy.grace, {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         )
-        errors: list[str] = []
-        reader = threading.Thread(target=_pass_on, args=(job.process, errors), daemon=True)
-        reader.start()
+        outcry = Outcry(job.process.stderr)
         stopped: dict[int, float] = {}
         looked = begin
         while (code := job.poll()) is None:
@@ -138,7 +135,7 @@ class Supervisor:
                 self._end_stopped(job, stopped, looked)
         self._job = None
         end_descendants()
-        reader.join(2.0)
+        errors = outcry.errors()
         return Run(code, time.monotonic() - begin, errors[-1] if errors else None)
 
     def _end_stopped(self, job: launcher.Job, stopped: dict[int, float], now: float) -> None:
@@ -201,14 +198,3 @@ def _answers(host: Host) -> bool:
             return job.wait(_PROBE_SECONDS) == 0
         except subprocess.TimeoutExpired:
             return False
-
-
-def _pass_on(process: "subprocess.Popen[bytes]", errors: list[str]) -> None:
-    """What the run writes to standard error goes to ours; its lines of error are kept."""
-    assert process.stderr is not None
-    line = b""
-    while piece := process.stderr.read1(1 << 16):  # type: ignore[attr-defined]
-        sys.stderr.buffer.write(piece)
-        sys.stderr.buffer.flush()
-        *lines, line = (line + piece).split(b"\n")
-        errors += [each[len(_ERROR) :].decode(errors="replace") for each in lines if each.startswith(_ERROR)]

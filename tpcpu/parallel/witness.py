@@ -36,6 +36,9 @@ _TOLD_SECONDS = 2.0
 _JOIN_SECONDS = 60.0
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HYDRA = "hydra_hwloc_xmlfile_"
+"""MPICH's description of the machine, which its launcher holds open, and removes when it ends."""
+_AT_REST = 0.01
+"""Of a core: who uses less in the middle of an operation is not working at it."""
 
 
 @dataclass
@@ -62,6 +65,14 @@ class _Rank(_Process):
     has_left: bool = False
     step: tuple[int, int] = (-1, 0)
     stepped: float = 0.0
+    worked: int = 0
+    """Ticks of work when the step became what it is, at `stepped`."""
+
+    def stands_still(self, now: float, seconds: float) -> bool:
+        """Whether it has waited so long, in the same operation: for other ranks, or without work of its own."""
+        if now - self.stepped <= seconds or not self.pulse.stepping:
+            return False
+        return self.pulse.exchanging or self.used[1] - self.worked < _AT_REST * (now - self.stepped) * processes.TICKS
 
 
 @dataclass
@@ -90,7 +101,7 @@ class Witness:
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._join(listener))
         hosts = [Neighbour(*each) for each in config["others"]]
         self._neighbours = Neighbours(self._host, config["secret"], others, hosts, self._selector, self._hear)
-        self._hydra = _hydra_files()
+        self._hydra: set[Path] = set()
 
     def run(self) -> None:
         """Until all ranks have left or there was a fault."""
@@ -123,6 +134,9 @@ class Witness:
     def _join(self, listener: socket.socket) -> None:
         """A rank calls, with its pulse and itself as descriptors."""
         connection, _ = listener.accept()
+        if processes.user(connection) != os.getuid():
+            connection.close()  # the socket's name can be read, and called, by all users of the host
+            return
         text, (memory, pidfd), _, _ = socket.recv_fds(connection, 1 << 16, 2)
         hello = json.loads(text)
         pid, number = hello["pid"], hello["rank"]
@@ -142,6 +156,7 @@ class Witness:
                     what = f"the launcher {name} on {self._name} (pid {launcher})"
                     self._launchers[launcher] = _Process(launcher, os.pidfd_open(launcher), what)
                     self._watch(self._launchers[launcher])
+                    self._hydra.update(processes.open_files(launcher, _HYDRA))
                     place = processes.standard_error(launcher, self._launchers[launcher].pidfd)
                     # the one that was started first is the one that somebody reads
                     self._launcher_errors[:0] = [] if place is None else [place]
@@ -216,8 +231,7 @@ class Witness:
             rank.pulse.witness_beats()
         for process in [*ranks, *(each for each in self._launchers.values() if each.alive)]:
             self._look_at(process, now, stood_still)
-        idle = all(now - rank.stepped > self._limit and rank.pulse.exchanging for rank in ranks)
-        stuck = bool(ranks) and idle
+        stuck = bool(ranks) and all(rank.stands_still(now, self._limit) for rank in ranks)
         self._neighbours.send({"stuck": stuck})
         others = [each for each in self._neighbours.others.values() if not each.has_left]
         for other in others:
@@ -236,8 +250,9 @@ class Witness:
         if isinstance(process, _Rank):
             life = (*life, *process.pulse.life)
             if process.pulse.step != process.step or stood_still:
-                process.step, process.stepped = process.pulse.step, now
-        if not stat.is_stopped:
+                process.step, process.stepped, process.worked = process.pulse.step, now, stat.used[1]
+        # ranks go on beside a launcher that somebody has stopped at a terminal, and who may bring it back
+        if not stat.is_stopped or (stat.is_in_background and not isinstance(process, _Rank)):
             process.stopped = None
         elif process.stopped is None or stood_still:
             process.stopped = now
@@ -252,7 +267,7 @@ class Witness:
             self._fault(process.changed, f"{process.title} shows no life{where}", process)
 
     def _living(self) -> list[_Rank]:
-        return [rank for rank in self._ranks.values() if rank.alive and not rank.has_left]
+        return [rank for _, rank in sorted(self._ranks.items()) if rank.alive and not rank.has_left]
 
     def _wheres(self, ranks: list[_Rank]) -> str:
         return ", ".join(f"rank {rank.rank} {rank.pulse.where()}" for rank in ranks[:3])
@@ -326,19 +341,6 @@ class Witness:
         if folder.name.startswith("tpcpu-") and any("keeper" in each.title for each in dead):
             time.sleep(_MOMENT)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _hydra_files() -> list[Path]:
-    """MPICH's description of the machine, which its launcher writes when it starts and removes when it ends."""
-    now = time.time()
-    found = []
-    for folder in {os.environ.get("TMPDIR", "/tmp"), "/tmp"}:
-        for path in Path(folder).glob(f"{_HYDRA}*"):
-            with contextlib.suppress(OSError):
-                about = path.stat()
-                if about.st_uid == os.getuid() and now - about.st_mtime < _JOIN_SECONDS:
-                    found.append(path)
-    return found
 
 
 def main() -> NoReturn:
