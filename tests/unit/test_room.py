@@ -9,7 +9,7 @@ from tests.fake_engine import PROGRAM
 from tpcpu.engine import room
 from tpcpu.engine.cache import Layout
 from tpcpu.errors import UsageError
-from tpcpu.parallel.limits import available_bytes
+from tpcpu.parallel.limits import Room, available, held_bytes
 from tpcpu.program.kv_format import KV_FORMATS
 
 PLENTY = 1 << 40
@@ -67,16 +67,36 @@ def test_what_a_group_has_left_counts(tmp_path):
         "proc/self/cgroup": "0::/job\n",
         "sys/fs/cgroup/job/memory.max": "5000000",
         "sys/fs/cgroup/job/memory.current": "4000000",
-        "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 300000\n",
+        "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 300000\nactive_file 200000\n",
     }
     for name, text in files.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert available_bytes(tmp_path) == 1_300_000
+    assert available(tmp_path, {}) == Room(1_500_000, "its control group leaves")
     (tmp_path / "sys/fs/cgroup/job/memory.max").write_text("max")
-    assert available_bytes(tmp_path) == 9000 * 1024
-    assert available_bytes(tmp_path / "nowhere") is None
-    here = available_bytes()
+    assert available(tmp_path, {}) == Room(9000 * 1024, "it has free")
+    assert available(tmp_path / "nowhere", {}) is None
+    here = available()
     assert here is not None
-    assert here > 1 << 20
+    assert here.nbytes > 1 << 20
+
+
+def test_what_slurm_has_granted_counts(tmp_path):
+    """Where no control group holds the job to it, too: SLURM looks, and kills."""
+    granted = {"SLURM_MEM_PER_NODE": "100"}
+    assert available(tmp_path, granted, held=10 << 20) == Room(90 << 20, "SLURM (--mem) leaves")
+    assert available(tmp_path, granted, held=200 << 20) == Room(0, "SLURM (--mem) leaves")
+    per_cpu = {"SLURM_MEM_PER_CPU": "30", "SLURM_CPUS_ON_NODE": "2"}
+    assert available(tmp_path, per_cpu) == Room(60 << 20, "SLURM (--mem) leaves")
+    assert available(tmp_path, {"SLURM_MEM_PER_NODE": "0"}) is None
+    assert 1 << 20 < held_bytes() < 1 << 36
+
+
+def test_a_model_that_does_not_fit_is_refused_with_figures():
+    free = Room(10_000_000_000, "SLURM (--mem) leaves")
+    assert room.shortage(9_000_000_000, 1_000_000_000, 6400, 64, free) is None
+    said = str(room.shortage(9_000_000_000, 4_000_000_000, 6400, 64, free))
+    assert "weights of its ranks take 9.00 GB and a cache of 6400 tokens 4.00 GB" in said
+    assert "but SLURM (--mem) leaves 10.00 GB; a --context or --cache-tokens of 1600 works" in said
+    assert "more hosts or a smaller --format" in str(room.shortage(11_000_000_000, 1, 64, 64, free))

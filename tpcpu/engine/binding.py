@@ -15,6 +15,7 @@ from tpcpu.formats.floats import FLOATS
 from tpcpu.kernels import record as R
 from tpcpu.models import Model
 from tpcpu.program.operations import BLOCK, Kind, Program, Weight
+from tpcpu.program.weights import packed_bytes
 
 FORMATS = ("nf4", "int8", "bf16", "float32")
 """Formats that weights can be held in. float16 weights stay float16 unless another is asked for."""
@@ -50,6 +51,13 @@ class Binding:
     @property
     def form(self) -> int:
         return R.NF4_SINGLE if self.held == "nf4" and not self.nested else FORMS[self.held]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of memory that the packed weight takes; 0 for one that is not packed."""
+        if self.weight.kind in (Kind.VECTOR, Kind.EMBEDDING):
+            return 0
+        return packed_bytes(len(self.weight.rows), len(self.weight.columns), self.form)
 
 
 def bind(

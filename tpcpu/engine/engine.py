@@ -24,7 +24,7 @@ from tpcpu.kernels.compile import Kernel, spent_seconds
 from tpcpu.models import Model, read_config
 from tpcpu.parallel import numa
 from tpcpu.parallel.communicator import DEFAULT_FAULT_TIMEOUT, AllReduce, Communicator, Wire
-from tpcpu.parallel.limits import available_bytes
+from tpcpu.parallel.limits import Room, available, held_bytes
 from tpcpu.parallel.partition import Share
 from tpcpu.parallel.pulse import LOADING
 from tpcpu.parallel.team import Team
@@ -159,6 +159,7 @@ class Engine:
         communicator = self.communicator
         if (pulse := communicator.pulse) is not None:
             pulse.phase(LOADING)
+        self._check_memory(options)
         self.team = self._gather_team(options.threads)
         begin, compiled = time.perf_counter(), spent_seconds()
         self.weights, self.arena = self.source.load(communicator, self.team, self.cpus, self.progress)
@@ -177,10 +178,26 @@ class Engine:
         hosts = [communicator.hosts[host] for host in communicator.host_of]
         self._pace = Pace(hosts, communicator.all_gather_object(self.weight_bytes))
 
+    def _available(self) -> Room:
+        """The memory that is left for the ranks of this host together. Collective."""
+        held = self.communicator.all_gather_object(held_bytes())
+        found = available(held=sum(held[rank] for rank in self.communicator.host_ranks))
+        return found or Room(1 << 40, "it may have")
+
+    def _check_memory(self, options: Options) -> None:
+        """Raises UsageError, on all ranks together, where a host has no room for the weights and the least cache."""
+        communicator = self.communicator
+        _, tokens = room.decide(options.context, options.cache_tokens, options.page_tokens, 0, self.model)
+        cache = tokens // options.page_tokens * self._layout.bytes_of_page
+        parts = communicator.all_gather_object((self.source.packed_bytes, cache))
+        weights, caches = (sum(parts[rank][part] for rank in communicator.host_ranks) for part in range(2))
+        free = self._available()
+        error = room.shortage(weights, caches, tokens, options.page_tokens, free)
+        communicator.raise_together(error if communicator.host_rank == 0 else None)
+
     def _make_room(self, options: Options) -> None:
         """The cache, as large as was asked for, or as memory allows beside the weights."""
-        free = available_bytes() or 1 << 40
-        fitting = room.tokens_that_fit(self._layout, free // self.communicator.host_size)
+        fitting = room.tokens_that_fit(self._layout, self._available().nbytes // self.communicator.host_size)
         self.context, tokens = room.decide(
             options.context, options.cache_tokens, options.page_tokens,
             min(self.communicator.all_gather_object(fitting)), self.model,

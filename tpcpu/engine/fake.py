@@ -37,7 +37,8 @@ class FakeWeights:
         self._config = config
         self._storage = Storage()
         self._program: Program | None = None
-        self.loaded_bytes = 0
+        self._sizes: dict[tuple[str, Kind], int] = {}
+        self.loaded_bytes = self.packed_bytes = 0
 
     def open(self) -> dict[str, Any]:
         return self._config
@@ -50,6 +51,15 @@ class FakeWeights:
         matrices = format or "nf4"
         self._storage = Storage(matrices=matrices, head=lm_head or (matrices if matrices in FLOAT_BYTES else "int8"))
         self._program = program
+        self._sizes = {
+            (weight.name, weight.kind): packed_bytes(len(weight.rows), len(weight.columns), self._form(weight))
+            for weight in program.weights
+            if weight.kind not in (Kind.VECTOR, Kind.EMBEDDING)
+        }
+        self.packed_bytes = sum(self._sizes.values())
+
+    def _form(self, weight: Weight) -> int:
+        return FORMS[self._storage.of(weight)]
 
     def load(
         self,
@@ -62,20 +72,10 @@ class FakeWeights:
         assert program is not None
         prepare([fill.fill_bytes, fill.fill_float32, fill.fill_bf16], progress.say)
         norms = {op.weight.name for op in program.operations if isinstance(op, RmsNorm)}
-        forms: dict[tuple[str, Kind], int] = {
-            (weight.name, weight.kind): FORMS[self._storage.of(weight)]
-            for weight in program.weights
-            if weight.kind not in (Kind.VECTOR, Kind.EMBEDDING)
-        }
-        sizes: dict[tuple[str, Kind], int] = {
-            (weight.name, weight.kind): packed_bytes(len(weight.rows), len(weight.columns), form)
-            for weight in program.weights
-            if (form := forms.get((weight.name, weight.kind))) is not None
-        }
-        memory = arena(sum(sizes.values()))
+        memory = arena(self.packed_bytes)
         packer = Packer(team, memory)
         weights: dict[tuple[str, Kind], Packed | Table | Vector] = {}
-        total = sum(sizes.values()) + sum(map(_table_bytes, program.weights))
+        total = self.packed_bytes + sum(map(_table_bytes, program.weights))
         for number, weight in enumerate(program.weights):
             key = weight.name, weight.kind
             seed = (communicator.rank << 40) + (number << 34)
@@ -87,8 +87,8 @@ class FakeWeights:
                     self.loaded_bytes += _table_bytes(weight)
                 case _:
                     deviation = 1 / math.sqrt(weight.full_columns)
-                    weights[key] = packer.fill(weight, Noise(forms[key], deviation, seed))
-                    self.loaded_bytes += sizes[key]
+                    weights[key] = packer.fill(weight, Noise(self._form(weight), deviation, seed))
+                    self.loaded_bytes += self._sizes[key]
             progress.advance(self.loaded_bytes, total)
         return weights, memory
 

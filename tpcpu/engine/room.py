@@ -6,6 +6,7 @@ Knows what was asked for and what memory is left; all ranks come to the same num
 from tpcpu.engine.cache import Layout
 from tpcpu.errors import UsageError
 from tpcpu.models import Model
+from tpcpu.parallel.limits import Room
 
 DEFAULT_CONTEXT = 8192
 
@@ -40,6 +41,29 @@ def tokens_that_fit(layout: Layout, available: int) -> int:
     if not layout.bytes_of_page:
         return 1 << 30
     return int(SHARE * available) // layout.bytes_of_page * layout.page_tokens
+
+
+def shortage(weights: int, cache: int, tokens: int, page_tokens: int, free: Room) -> UsageError | None:
+    """What is raised where a host's ranks need more bytes, for weights and a cache of so many positions, than it has.
+
+    `tokens`: what the cache will hold at least, whatever is free.
+    """
+    if weights + cache <= free.nbytes:
+        return None
+    less = max(free.nbytes - weights, 0) * tokens // max(cache, 1) // page_tokens * page_tokens
+    mend = (
+        f"a --context or --cache-tokens of {less} works"
+        if less
+        else "more memory, more hosts or a smaller --format work; tpcpu explain shows what a rank holds"
+    )
+    return UsageError(
+        f"too little memory on this host: the weights of its ranks take {_gb(weights)} and a cache of {tokens} tokens "
+        f"{_gb(cache)}, but {free.limit} {_gb(free.nbytes)}; {mend}"
+    )
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def decide(

@@ -25,6 +25,9 @@ class Source(Protocol):
     loaded_bytes: int
     """Bytes that `load` read, or made, on this rank."""
 
+    packed_bytes: int
+    """Bytes of memory that the packed weights take on this rank; known once bound."""
+
     def open(self) -> dict[str, Any]:
         """The config. Raises UserErrors."""
 
@@ -47,7 +50,7 @@ class Folder:
         self._path = path
         self._bindings: list[Binding] = []
         self.checkpoint: Checkpoint | None = None
-        self.loaded_bytes = 0
+        self.loaded_bytes = self.packed_bytes = 0
 
     def open(self) -> dict[str, Any]:
         self.checkpoint = Checkpoint.open(self._path)
@@ -56,6 +59,7 @@ class Folder:
     def bind(self, model: Model, program: Program, format: str | None, lm_head: str | None) -> None:  # noqa: A002
         assert self.checkpoint is not None
         self._bindings = bind(self.checkpoint, model, program, format, lm_head)
+        self.packed_bytes = sum(binding.packed_bytes for binding in self._bindings)
 
     def load(
         self, communicator: Communicator, team: Team, cpus: Sequence[int], progress: Progress

@@ -4,6 +4,7 @@ Knows the files of cgroup v1 and v2 under /proc and /sys and SLURM's variables; 
 Every file may be missing: then nothing is limited.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,40 @@ def read_limits(root: Path, environ: Mapping[str, str]) -> Limits:
     )
 
 
-def available_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process could still be given, as the kernel and the control groups see it; None if unknown."""
-    found = [room for folder, unified in _groups(root, "memory") if (room := _group_room(folder, unified)) is not None]
+@dataclass(frozen=True, order=True)
+class Room:
+    """Bytes that may still be taken on this host, and whose limit that is: `SLURM leaves`, `the machine has free`."""
+
+    nbytes: int
+    limit: str
+
+
+def available(root: Path = Path("/"), environ: Mapping[str, str] = os.environ, held: int = 0) -> Room | None:
+    """What the job could still be given here, as the kernel, the control groups and SLURM see it; None if unknown.
+
+    `held`: what its processes on this host hold already, which SLURM counts where no control group does.
+    """
+    found = [Room(granted - held, "SLURM (--mem) leaves") for granted in _slurm_memory(environ)]
+    for folder, unified in _groups(root, "memory"):
+        if (room := _group_room(folder, unified)) is not None:
+            found.append(Room(room, "its control group leaves"))
     for line in (read_text(root / "proc" / "meminfo") or "").splitlines():
         words = line.split()
         if words[0] == "MemAvailable:" and words[1].isdecimal():
-            found.append(int(words[1]) * 1024)
-    return max(min(found), 0) if found else None
+            found.append(Room(int(words[1]) * 1024, "it has free"))
+    if not found:
+        return None
+    least = min(found)
+    return Room(max(least.nbytes, 0), least.limit)
+
+
+def held_bytes(root: Path = Path("/")) -> int:
+    """Physical memory of this process, as SLURM counts it: shared and file pages too."""
+    for line in (read_text(root / "proc" / "self" / "status") or "").splitlines():
+        words = line.split()
+        if words[0] == "VmRSS:":
+            return int(words[1]) * 1024
+    return 0
 
 
 def parse_cpu_list(text: str) -> frozenset[int]:
@@ -127,17 +154,17 @@ def _memory_limits(root: Path) -> Iterator[int]:
 
 
 def _group_room(folder: Path, unified: bool) -> int | None:
-    """What is left of a group's limit; file pages that are not in use count as left."""
+    """What is left of a group's limit; file pages, which the kernel takes back where there is need, count as left."""
     limit = read_text(folder / ("memory.max" if unified else "memory.limit_in_bytes")) or ""
     usage = read_text(folder / ("memory.current" if unified else "memory.usage_in_bytes")) or ""
     if not (limit.isdecimal() and usage.isdecimal() and int(limit) < UNLIMITED_BYTES):
         return None
-    name, unused = "inactive_file" if unified else "total_inactive_file", 0
+    total, files = "" if unified else "total_", 0
     for line in (read_text(folder / "memory.stat") or "").splitlines():
         words = line.split()
-        if words[0] == name and words[1].isdecimal():
-            unused = int(words[1])
-    return int(limit) - int(usage) + unused
+        if words[0] in (f"{total}inactive_file", f"{total}active_file") and words[1].isdecimal():
+            files += int(words[1])
+    return int(limit) - int(usage) + files
 
 
 def _slurm_cpus(environ: Mapping[str, str]) -> int | None:
