@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-from tpcpu.cli.output import is_speaker, print_error, silence_stdout
+from tpcpu.cli.output import is_speaker, print_error, silence_stdout, writing
 from tpcpu.errors import TpcpuError, UsageError, UserError
 
 COMMANDS = ("quantize", "inspect", "explain", "generate", "chat", "batch", "eval", "bench", "supervise")
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()
+        with writing():
+            sys.stdout.flush()
         return code
     except TpcpuError as error:
         # A mistake of the user is met by every rank alike, and said once; a failure is said by whoever met it.

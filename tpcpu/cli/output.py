@@ -7,9 +7,11 @@ is on standard error) and which process of a launch speaks. It starts no MPI to 
 import json
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+from tpcpu.errors import NoRoomError
 
 
 def is_speaker(environment: Mapping[str, str] = os.environ) -> bool:
@@ -31,6 +33,18 @@ def silence_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextmanager
+def writing() -> Iterator[None]:
+    """Inside, standard output is written to; NoRoomError where what it goes to cannot take any more."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence_stdout()
+        raise NoRoomError(f"standard output: {error.strerror}; the answer was not written to its end") from error
+
+
 class Output:
     """The streams of one command. On ranks that do not speak, every method does nothing."""
 
@@ -46,8 +60,9 @@ class Output:
     def text(self, piece: str) -> None:
         """A piece of running text, shown at once: no line break is added."""
         if self.speaks:
-            self.stream.write(piece)
-            self.stream.flush()
+            with writing():
+                self.stream.write(piece)
+                self.stream.flush()
 
     def line(self, text: str = "") -> None:
         """A whole line of the answer."""
@@ -62,12 +77,13 @@ class Output:
         """The JSON object of a command that was given --json; nothing otherwise. Call it last."""
         if self.speaks and self.as_json:
             sys.stderr.flush()
-            # ASCII only: any terminal takes it, and half a surrogate pair cannot break the line.
-            print(json.dumps(value, allow_nan=False), flush=True)
+            with writing():
+                # ASCII only: any terminal takes it, and half a surrogate pair cannot break the line.
+                print(json.dumps(value, allow_nan=False), flush=True)
 
 
 def _print_line(text: str) -> None:
     """Control characters (a file's name may hold any) are shown, not obeyed."""
     visible = "".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in text)
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         print(visible.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
