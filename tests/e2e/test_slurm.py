@@ -4,13 +4,15 @@ The cluster is `tests/slurm.py`'s. Its nodes are smaller than the files' sockets
 before the file's name, as a user would; the files are submitted as they are shipped.
 """
 
+import faulthandler
 import json
-import sys
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.configs import PUBLISHED
 from tests.e2e.processes import PROJECT, environment, eventually
 from tests.slurm import Cluster, cluster, missing
 
@@ -18,15 +20,16 @@ DATA = PROJECT / "tests" / "data"
 YUAN = DATA / "yuan-tiny"
 FILES = PROJECT / "launch" / "slurm"
 STORY = json.loads((YUAN / "reference.json").read_text())["cases"][0]
+TOKENS = 150
 SECONDS = 240.0  # the first program on a machine compiles the kernels
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One node: this machine, two CPUs."""
+    """Two nodes of two CPUs, on this machine."""
     assert not missing(), f"{missing()} are not installed; launch/test.sh installs them"
     folder = tmp_path_factory.mktemp("slurm")
-    with cluster(folder) as running:
+    with cluster(folder, nodes=2) as running:
         yield running
     assert running.processes() == []
 
@@ -53,33 +56,78 @@ def succeeded(slurm: Cluster, job: str, log: Path) -> None:
     assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
 
 
-def test_a_job_that_is_warned_goes_back_to_the_queue_and_finishes(slurm):
-    folder = slurm.folder
-    given, answers, log = prompts(folder / "one.jsonl", 80, 200), folder / "one.out.jsonl", folder / "one.log"
-    environ = environment(MODEL=str(YUAN), INPUT=str(given), OUTPUT=str(answers))
-    job = slurm.submit("--ntasks-per-node=2", f"--output={log}", FILES / "one-node.sbatch", environ=environ)
-    eventually(lambda: answers.exists() and answers.stat().st_size > 0, SECONDS, log.read_text)
+class Sent:
+    """A batch file that was submitted as it is shipped, for prompts that are all the same."""
+
+    def __init__(self, slurm: Cluster, file: str, name: str, count: int, *flags: str, **environ: str) -> None:
+        self._slurm, self._file, self._count, self._flags = slurm, file, count, flags
+        self.folder = slurm.folder / name
+        self.folder.mkdir()
+        given = prompts(self.folder / "in.jsonl", count, TOKENS)
+        self.log = self.folder / "log"
+        self._environ = environment(MODEL=str(YUAN), INPUT=str(given), OUTPUT=str(self.folder / "out"), **environ)
+        self.submit()
+
+    def submit(self) -> None:
+        self.job = self._slurm.submit(*self._flags, f"--output={self.log}", FILES / self._file, environ=self._environ)
+
+    @property
+    def answers(self) -> list[Path]:
+        """`out`, or the files of the array's tasks in it."""
+        out = self.folder / "out"
+        return sorted(out.glob("answers-*.jsonl")) if out.is_dir() else [out]
+
+    def work(self) -> None:
+        """Returns when there are answers, and more to come."""
+        first = self.answers[0] if self.answers else self.folder / "out" / "answers-1.jsonl"
+        eventually(lambda: first.exists() and first.stat().st_size > 0, SECONDS, self.told)
+
+    def told(self) -> str:
+        return self.log.read_text() if self.log.exists() else "no log"
+
+    def texts(self) -> set[str]:
+        """Those of all answers, of which none is missing."""
+        found = texts(*self.answers)
+        assert set(found) == {f"r{n}" for n in range(self._count)}
+        return set(found.values())
+
+
+def test_every_file_goes_back_to_the_queue_when_warned_and_finishes(slurm):
+    one = Sent(slurm, "one-node.sbatch", "one", 48, "--ntasks-per-node=2")
+    array = Sent(slurm, "array.sbatch", "array", 81, "--array=1-2", "--ntasks-per-node=1")
+    one.work()
+    array.work()
     # What --signal=B:USR1@120 sends when time is up.
-    slurm.command("scancel", "--signal=USR1", "--batch", job)
-    succeeded(slurm, job, log)
-    shown, said = slurm.show(job), log.read_text()
-    assert shown["Restarts"] == "1", said
-    assert "goes back to the queue" in said
-    assert "going on with" in said
-    found = texts(answers)
-    assert set(found) == {f"r{n}" for n in range(80)}
-    assert len(set(found.values())) == 1
+    slurm.command("scancel", "--signal=USR1", "--batch", one.job)
+    slurm.command("scancel", "--signal=USR1", "--batch", f"{array.job}_1")
+    nodes = Sent(slurm, "nodes.sbatch", "nodes", 48, "--ntasks-per-node=1")
+    nodes.work()
+    slurm.command("scancel", "--signal=USR1", "--batch", nodes.job)
+    for sent, job in ((one, one.job), (array, f"{array.job}_1"), (array, f"{array.job}_2"), (nodes, nodes.job)):
+        shown = slurm.wait(job, seconds=SECONDS)
+        assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), sent.told()
+        assert shown["Restarts"] == ("0" if job.endswith("_2") else "1"), sent.told()
+        assert "goes back to the queue" in sent.told()
+        assert "going on with" in sent.told()
+    assert slurm.show(nodes.job)["NumNodes"] == "2"
+    odd_lines, even_lines = map(texts, array.answers)
+    assert (set(odd_lines), len(even_lines)) == ({f"r{n}" for n in range(0, 81, 2)}, 40)
+    assert len(one.texts() | array.texts() | nodes.texts()) == 1
 
 
-def test_an_array_divides_the_lines_of_a_file(slurm):
-    folder = slurm.folder
-    given, answers = prompts(folder / "many.jsonl", 5, 8), folder / "many"
-    arguments = ["--array=1-2", "--ntasks-per-node=1", f"--output={folder}/many-%a.log", FILES / "array.sbatch"]
-    job = slurm.submit(*arguments, YUAN, given, answers, "--exact", environ=environment())
-    for task in (1, 2):
-        succeeded(slurm, f"{job}_{task}", folder / f"many-{task}.log")
-    parts = [texts(answers / f"answers-{task}.jsonl") for task in (1, 2)]
-    assert [set(part) for part in parts] == [{"r0", "r2", "r4"}, {"r1", "r3"}]
+def test_a_cancelled_job_goes_on_when_submitted_again(slurm):
+    """scancel's TERM, which preemption sends too: the state is written, and the job stays away."""
+    sent = Sent(slurm, "nodes.sbatch", "cancelled", 48, "--ntasks-per-node=1", LAUNCH="mpiexec")
+    sent.work()
+    slurm.command("scancel", sent.job)
+    shown = slurm.wait(sent.job)
+    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0"), sent.told()
+    assert "goes back to the queue" not in sent.told()
+    assert len(texts(*sent.answers)) < 48
+    sent.submit()
+    succeeded(slurm, sent.job, sent.log)
+    assert "going on with" in sent.told()
+    assert len(sent.texts()) == 1
 
 
 def test_srun_starts_the_driver(slurm):
@@ -98,46 +146,54 @@ def test_srun_without_mpi_is_told_the_mend(slurm):
     assert "Traceback" not in done.stderr
 
 
-LIMITS = """
+LIMITS = """#!/bin/bash
+python -c '
+from tpcpu.parallel.limits import available
 from tpcpu.parallel.topology import Topology
 topology = Topology.detect()
-print(topology.limits.slurm_cpus, topology.limits.memory >> 20, len(topology.cores_for(0, 1)))
+limits = topology.limits
+print(limits.slurm_cpus, limits.memory >> 20, len(topology.cores_for(0, 1)), available(held=100 << 20))
+'
+tpcpu bench --config "$1" --fake-weights --ranks 1
+echo "code $?"
+tpcpu generate --model "$2" --ranks 1 --prompt Once --cache-tokens 1000000
+echo "code $?"
 """
 
 
-def test_cores_and_memory_of_the_allocation_are_the_limits(slurm):
-    script, log = slurm.folder / "limits.py", slurm.folder / "limits.log"
-    script.write_text(f"#!{sys.executable}{LIMITS}")
-    job = slurm.submit("--ntasks=1", "--mem=700", f"--output={log}", script, environ=environment())
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_cores_and_memory_of_the_allocation_are_the_limits(slurm, cpus):
+    """What does not fit is refused before anything is read, with figures."""
+    script, log, config = (slurm.folder / f"limits{cpus}{end}" for end in ("", ".log", ".json"))
+    script.write_text(LIMITS if cpus == 2 else LIMITS.partition("tpcpu bench")[0])
+    config.write_text(json.dumps(PUBLISHED["llama-1b"]))
+    flags = ["--ntasks=1", f"--cpus-per-task={cpus}", "--mem=500", f"--output={log}"]
+    job = slurm.submit(*flags, script, config, YUAN, environ=environment())
     succeeded(slurm, job, log)
-    assert log.read_text().split() == ["1", "700", "1"]
-
-
-def test_several_nodes(tmp_path):
-    with cluster(tmp_path, nodes=2) as slurm:
-        given = prompts(tmp_path / "in.jsonl", 3, 8)
-        found = {}
-        for launch in ("srun", "mpiexec"):
-            answers, log = tmp_path / f"{launch}.jsonl", tmp_path / f"{launch}.log"
-            environ = environment(MODEL=str(YUAN), INPUT=str(given), OUTPUT=str(answers), LAUNCH=launch)
-            arguments = ["--ntasks-per-node=1", f"--output={log}", FILES / "nodes.sbatch"]
-            job = slurm.submit(*arguments, environ=environ)
-            succeeded(slurm, job, log)
-            assert slurm.show(job)["NumNodes"] == "2"
-            found[launch] = texts(answers)
-    assert slurm.processes() == []
-    assert found["srun"] == found["mpiexec"]
-    assert set(found["srun"]) == {"r0", "r1", "r2"}
+    seen, *refused = log.read_text().splitlines()
+    assert seen == f"{cpus} 500 {cpus} Room(nbytes={400 << 20}, limit='SLURM (--mem) leaves')"
+    if cpus == 2:
+        assert [refused[1], refused[3]] == ["code 2", "code 2"]
+        assert re.match(
+            r"tpcpu: error: .* the weights of its ranks take 0\.\d\d GB .* SLURM \(--mem\) leaves .*B; more",
+            refused[0],
+        )
+        assert re.search(r"a cache of 1000000 tokens .* GB, but SLURM .* or --cache-tokens of \d+ works", refused[2])
 
 
 @pytest.mark.full
 def test_the_time_limit_itself(slurm):
-    """The shortest limit is a minute, and the signal may come a minute early: it begins with a minute of work."""
-    folder = slurm.folder
-    given, answers, log = prompts(folder / "long.jsonl", 400, 300), folder / "long.out.jsonl", folder / "long.log"
-    arguments = ["--time=2", "--signal=B:USR1@60", "--ntasks-per-node=2", f"--output={log}", FILES / "one-node.sbatch"]
-    job = slurm.submit(*arguments, YUAN, given, answers, "--exact", environ=environment())
-    shown = slurm.wait(job, seconds=900)
-    assert shown["JobState"] == "COMPLETED", log.read_text()
-    assert int(shown["Restarts"]) >= 1, log.read_text()
-    assert set(texts(answers)) == {f"r{n}" for n in range(400)}
+    """The shortest limit is two minutes, as the signal may come a minute early: two minutes of work are begun."""
+    faulthandler.cancel_dump_traceback_later()  # the one of tests that take no minutes
+    measured = Sent(slurm, "one-node.sbatch", "measured", 80, "--ntasks-per-node=2")
+    succeeded(slurm, measured.job, measured.log)
+    speed = float(re.findall(r"([\d.]+) tokens/s", measured.told())[-1])
+    count = int(120 * speed / TOKENS)
+    flags = ["--time=2", "--signal=B:USR1@60", "--ntasks-per-node=2"]
+    limited = Sent(slurm, "one-node.sbatch", "limited", count, *flags)
+    eventually(lambda: slurm.show(limited.job)["Restarts"] == "1", 180, limited.told)
+    slurm.command("scontrol", "update", f"JobId={limited.job}", "TimeLimit=UNLIMITED")
+    assert slurm.wait(limited.job, seconds=900)["JobState"] == "COMPLETED", limited.told()
+    assert "goes back to the queue" in limited.told()
+    assert "going on with" in limited.told()
+    assert limited.texts() == measured.texts()
