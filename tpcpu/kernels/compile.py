@@ -2,7 +2,8 @@
 
 numba's own cache has two traps: it does not notice a change in another file, and two processes that write it at once
 can leave one function's code under another's name. So the folder is named after everything that code depends on, and
-one process at a time fills it, under a lock; the others sleep until it is done.
+each function, whose files in the cache are its own, is compiled by one process, under a lock of that function.
+Processes that start together, the ranks of a host for one, compile different functions and load one another's.
 
 The only place that sets compile options.
 """
@@ -70,8 +71,12 @@ class Kernel:
         """Whether this process has it."""
         return self._compiled is not None
 
-    def _compile(self) -> None:
-        self._compiled = cfunc(_SIGNATURE, cache=True, error_model="numpy")(self._function)
+    def _compile(self, *, wait: bool = True) -> bool:
+        """Not done, and False, where another process is at it and we do not wait for it."""
+        with _filling(self.name, wait=wait) as ours:
+            if ours:
+                self._compiled = cfunc(_SIGNATURE, cache=True, error_model="numpy")(self._function)
+        return ours
 
 
 _spent: list[float] = []
@@ -101,13 +106,13 @@ def prepare(kernels: Iterable[Kernel], report: Callable[[str], None] | None = No
     `report` is told when compiling begins and how long it took.
     """
     wanted = [each for each in kernels if not each.ready]
-    missing = sum(not _marker(each.name).exists() for each in wanted)
+    missing = sum(not _is_compiled(each.name) for each in wanted)
     if missing and report:
         report(f"compiling {missing} kernels for {_chosen.name}, once per machine")
     begin = time.monotonic()
-    for each in wanted:
-        with _filling(each.name):
-            each._compile()
+    # What another process is compiling comes last: until then there may be something to compile beside it.
+    for each in [each for each in wanted if not each._compile(wait=False)]:
+        each._compile()
     _spent.append(time.monotonic() - begin)
     if missing and report:
         report(f"compiled in {time.monotonic() - begin:.1f} s")
@@ -119,22 +124,36 @@ def spent_seconds() -> float:
 
 
 @contextmanager
-def _filling(name: str) -> Iterator[None]:
-    """Around the compiling of one function: alone on this machine, unless the cache has it already."""
-    marker = _marker(name)
+def _filling(name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Around the compiling of one function: alone on this machine, unless the cache has it already.
+
+    Gives False where another process is compiling it and we do not wait.
+    """
     with _numba_cache_dir():
-        if marker.exists():
-            yield
+        if _is_compiled(name):
+            yield True
             return
-        with (folder() / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-            marker.touch()
+        with _marker(name).open("a") as marker:
+            try:
+                fcntl.flock(marker, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+            if not _is_compiled(name):
+                marker.write("in the cache\n")
 
 
 def _marker(name: str) -> Path:
-    """Stands where a function is completely in the cache."""
+    """The lock of a function, with something in it once the function is completely in the cache."""
     return folder() / f"{name}.compiled"
+
+
+def _is_compiled(name: str) -> bool:
+    try:
+        return _marker(name).stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _sources() -> list[Path]:
