@@ -1,7 +1,6 @@
 """Where the threads of ranks run, whatever their launcher did to them: with its own flags, and without any."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 

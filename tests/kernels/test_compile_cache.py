@@ -16,6 +16,8 @@ from tpcpu.kernels import attention, attention_blocks, attention_pieces
 from tpcpu.kernels import compile as compiling
 from tpcpu.kernels import record as R
 
+pytestmark = pytest.mark.xdist_group("compile cache")  # what fills a folder is done once
+
 ROOT = Path(__file__).parents[2]
 
 COLD_SECONDS = 90

@@ -6,8 +6,6 @@ A process has one set, chosen before anything compiles. The set of this process 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,18 +35,7 @@ def run_tests(isa: str, module: str, only: str | None) -> subprocess.CompletedPr
     """A module's tests; those whose names hold `only`."""
     chosen = ("-k", only) if only else ()
     arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, f"tests/kernels/test_{module}.py")
-    return python(*arguments, isa=isa, timeout=280)
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]]]:
-    """The children, two at a time: they compile for most of their lives, each on one core."""
-    pool = ThreadPoolExecutor(2)
-    yield {
-        (isa, module): pool.submit(run_tests, isa, module, ONE_CACHE[isa] if module == "attention" else None)
-        for isa, module in RUNS
-    }
-    pool.shutdown(cancel_futures=True)
+    return python(*arguments, isa=isa, timeout=220)
 
 
 def assert_passed(run: subprocess.CompletedProcess[str]) -> None:
@@ -59,8 +46,8 @@ def assert_passed(run: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.parametrize(("isa", "module"), RUNS)
-def test_operations(runs, isa, module):
-    assert_passed(runs[isa, module].result())
+def test_operations(isa, module):
+    assert_passed(run_tests(isa, module, ONE_CACHE[isa] if module == "attention" else None))
 
 
 @pytest.mark.full
