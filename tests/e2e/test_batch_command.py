@@ -110,6 +110,7 @@ def test_answers_are_those_of_generate_and_bad_lines_stop_nothing(tmp_path, expe
         if ranks == 1 or ASKED[name][1].greedy:
             assert answer["ids"] == wanted.ids, name
             assert (answer["text"], answer["finish_reason"]) == (wanted.text, wanted.finish_reason)
+    assert found["openai"]["response"]["body"]["choices"][0]["message"]["content"] == found["chat"]["text"]
     problems = in_order(problems_of(output))
     assert [(each["line"], each["id"]) for each in problems] == [(line, name) for line, name, _ in PROBLEMS]
     for each, (_, _, words) in zip(problems, PROBLEMS, strict=True):
@@ -148,10 +149,10 @@ def test_killed_at_any_moment_it_goes_on_in_the_middle_of_answers(tmp_path, undi
 
 
 def test_what_writing_takes_is_told_and_little(tmp_path):
-    given, output = write_prompts(tmp_path / "in.jsonl", 30, 150), tmp_path / "out.jsonl"
+    given, output = write_prompts(tmp_path / "in.jsonl", 20, 150), tmp_path / "out.jsonl"
     with family(command(given, output, 1), tmp_path) as started:
         result = result_of(started)
-    assert result["new_tokens"] == 30 * 150
+    assert result["new_tokens"] == 20 * 150
     assert 0 < result["journal_seconds"] < 0.01 * result["seconds"]
 
 
@@ -174,6 +175,8 @@ def test_a_signal_stops_it_and_it_goes_on(tmp_path, undisturbed, number, launche
     assert (result["stopped"], result["finished"]) == (True, False)
     safe = tokens_on_disk(output)
     assert result["new_tokens"] == safe, "all that was computed is on disk"
+    if number == signal.SIGINT:
+        return  # the rest is as with the others
     folder = tmp_path / "again"
     folder.mkdir()
     with family(arguments, folder) as started:

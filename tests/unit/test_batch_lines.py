@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpcpu.batch.answers import answer, encode
 from tpcpu.batch.lines import Asked, BadLine, parse
+from tpcpu.engine.requests import Completion
 from tpcpu.sampling import SamplingParams
 
 DEFAULTS = SamplingParams(max_tokens=7, temperature=0.5, seed=3)
@@ -36,9 +38,10 @@ def test_plain_lines(name, prompt):
 
 def test_a_conversation():
     assert read({"id": 1, "messages": MESSAGES}) == Asked(1, MESSAGES, DEFAULTS)
-    assert read(CHAT) == Asked("a", MESSAGES, DEFAULTS)
+    assert read(CHAT) == Asked("a", MESSAGES, DEFAULTS, "/v1/chat/completions")
     text = CHAT | {"url": "/v1/completions", "body": {"prompt": "Hi", "top_p": 0.5}}
-    assert read(text) == Asked("a", "Hi", SamplingParams(max_tokens=7, temperature=0.5, seed=3, top_p=0.5))
+    wanted = SamplingParams(max_tokens=7, temperature=0.5, seed=3, top_p=0.5)
+    assert read(text) == Asked("a", "Hi", wanted, "/v1/completions")
 
 
 def test_sampling_is_the_commands_where_the_line_says_nothing():
@@ -152,3 +155,24 @@ def test_no_line_is_too_strange(entry):
 @given(st.binary(max_size=40))
 def test_no_bytes_are_too_strange(raw):
     assert isinstance(parse(raw, DEFAULTS), Asked | BadLine)
+
+
+def completion(**more: Any) -> Completion:
+    return Completion([1, 2, 3], [4, 5], "Há", "length", 9, ttft_ms=1.0, decode_tokens_per_s=2.0, **more)
+
+
+def test_an_answer_has_the_form_of_its_line():
+    plain = {"id": "a", "text": "Há", "ids": [4, 5], "finish_reason": "length", "prompt_tokens": 3, "line": 8}
+    assert answer(8, "a", None, completion(), drawn=False) == plain
+    assert answer(8, "a", None, completion(), drawn=True) == plain | {"seed": 9}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    for url, kind, said in (
+        ("/v1/chat/completions", "chat.completion", {"message": {"role": "assistant", "content": "Há"}}),
+        ("/v1/completions", "text_completion", {"text": "Há"}),
+    ):
+        found = answer(8, "a", url, completion(), drawn=False)
+        choice = {"index": 0, **said, "finish_reason": "length"}
+        body = {"object": kind, "choices": [choice], "usage": usage}
+        response = {"status_code": 200, "request_id": "line-8", "body": body}
+        assert found == plain | {"custom_id": "a", "response": response, "error": None}
+        assert encode(found).isascii()

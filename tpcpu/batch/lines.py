@@ -36,7 +36,8 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
 
 _BODY = ("prompt", "messages", *_SAMPLING, _LENGTH, *_LOGPROBS, *_WITHOUT_EFFECT, *_FIXED)
 _ENVELOPE = ("custom_id", "method", "url", "body")
-_URLS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+CHAT_URL = "/v1/chat/completions"
+_URLS = {CHAT_URL: "messages", "/v1/completions": "prompt"}
 _MOST_TOP = 20
 
 
@@ -47,6 +48,8 @@ class Asked:
     id: Id
     prompt: Prompt
     params: SamplingParams
+    url: str | None = None
+    """Of a line of OpenAI's batch format, whose answer has that format too."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def parse(raw: bytes, defaults: SamplingParams) -> Asked | BadLine:
         is_envelope = any(key in entry for key in _ENVELOPE)
         found = _id(entry, "custom_id" if is_envelope else "id")
         body = _unwrapped(entry) if is_envelope else {key: value for key, value in entry.items() if key != "id"}
-        return Asked(found, _prompt(body), _params(body, defaults))
+        return Asked(found, _prompt(body), _params(body, defaults), entry["url"] if is_envelope else None)
     except (_LineError, TpcpuError) as error:
         return BadLine(found, str(error))
 

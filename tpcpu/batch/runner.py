@@ -10,14 +10,15 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from tpcpu.batch import journal
+from tpcpu.batch.answers import answer, encode
 from tpcpu.batch.journal import Begun, Record
 from tpcpu.batch.lines import Asked, BadLine, Id, parse
 from tpcpu.batch.source import MOST_BYTES, Source
 from tpcpu.batch.store import Store
-from tpcpu.engine.requests import Completion, Request
+from tpcpu.engine.requests import Request
 from tpcpu.engine.scheduler import Scheduler
 from tpcpu.errors import TpcpuError
 from tpcpu.sampling import SamplingParams
@@ -65,7 +66,7 @@ class _Open:
     """A request that is not finished."""
 
     line: int
-    id: Id
+    asked: Asked
     request: Request
     written: int
     """How many of its tokens the journal has."""
@@ -155,7 +156,7 @@ class Runner:
         params = asked.params if begun is None else dataclasses.replace(asked.params, seed=begun.seed)
         answered = [] if begun is None else begun.answered
         request = self._scheduler.submit(self._tokenizer.prompt_ids(asked.prompt), params, answered)
-        self._open[request] = _Open(number, asked.id, request, len(answered))
+        self._open[request] = _Open(number, asked, request, len(answered))
         if begun is None:
             self._records.append(journal.begun(number, request.sampler.seed))
         else:
@@ -168,15 +169,16 @@ class Runner:
     def _finish(self, request: Request) -> None:
         entry = self._open.pop(request)
         if request.error is not None:
-            self._refuse(entry.line, entry.id, str(request.error))
+            self._refuse(entry.line, entry.asked.id, str(request.error))
             return
         completion = request.completion
         assert completion is not None
         self.outcome.prompt_tokens += len(completion.prompt_ids)
-        self._answers.append(_line(_answer(entry, completion, not request.sampler.params.greedy)))
+        told = answer(entry.line, entry.asked.id, entry.asked.url, completion, drawn=not request.sampler.params.greedy)
+        self._answers.append(encode(told))
 
     def _refuse(self, number: int, name: Id | None, message: str) -> None:
-        self._problems.append(_line({"line": number, "id": name, "error": message}))
+        self._problems.append(encode({"line": number, "id": name, "error": message}))
 
     # Making it last
 
@@ -220,24 +222,3 @@ class Runner:
         }
         # What an earlier run began, and this one has not come to yet.
         return {**self._store.begun, **now}
-
-
-def _answer(entry: _Open, completion: Completion, is_drawn: bool) -> dict[str, Any]:
-    answer: dict[str, Any] = {
-        "id": entry.id,
-        "text": completion.text,
-        "ids": completion.ids,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": len(completion.prompt_ids),
-        "line": entry.line,
-    }
-    if is_drawn:
-        answer["seed"] = completion.seed
-    if completion.logprobs is not None:
-        answer["logprobs"] = completion.logprobs
-    return answer
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    """ASCII only: no reader takes a character of a text for the end of the line."""
-    return json.dumps(entry, allow_nan=False).encode() + b"\n"

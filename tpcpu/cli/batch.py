@@ -188,6 +188,8 @@ class _Root:
         given, named = Path(args.input).expanduser(), Path(args.output).expanduser()
         if not named.name:
             raise UsageError(f"--output {args.output}: is no file's name")
+        if not named.parent.is_dir():
+            raise UsageError(f"--output {args.output}: there is no folder {named.parent}; make it first")
         if named.exists() and given.exists() and named.samefile(given):
             raise UsageError(f"--output {args.output}: is the input; name another file")
         self._source = Source(given)
