@@ -1,12 +1,14 @@
 """Jobs of `tpcpu batch` for the tests: their input, their command line, and what came of them."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.processes import Family, eventually
+from tests.e2e.processes import Family, environment, eventually
 from tpcpu.batch import journal
 
 DATA = Path(__file__).parents[1] / "data"
@@ -30,6 +32,35 @@ def command(given: Path, output: Path, ranks: int, *flags: str | Path) -> list[s
     job = ["--ranks", str(ranks), "--input", given, "--output", output]
     model = [] if "--model" in flags else ["--model", YUAN]
     return [sys.executable, "-m", "tpcpu", "batch", *model, *job, "--json", *flags]
+
+
+@dataclass(frozen=True)
+class Job:
+    """An input, and its answers when nothing disturbs."""
+
+    given: Path
+    answers: dict[Any, dict[str, Any]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(answer["ids"]) for answer in self.answers.values())
+
+
+def undisturbed_job(folder: Path, seconds: float) -> Job:
+    """Greedy and drawn answers on two ranks, as many as take this machine so long at least."""
+    given, count = folder / "in.jsonl", 12
+    while True:
+        drawn = write_prompts(given, count, 150, temperature=0.8, seed=5).read_text().splitlines(keepends=True)
+        greedy = write_prompts(given, count, 150).read_text().splitlines(keepends=True)
+        given.write_text("".join(greedy[::2] + drawn[1::2]))
+        output = folder / f"{count}.jsonl"
+        done = subprocess.run(
+            command(given, output, 2), env=environment(), capture_output=True, text=True, timeout=SECONDS, check=True
+        )
+        took = json.loads(done.stdout)["seconds"]
+        if took >= seconds:
+            return Job(given, answers_of(output))
+        count = int(count * max(1.2 * seconds / took, 1.5))
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

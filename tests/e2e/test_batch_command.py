@@ -16,6 +16,7 @@ from tests.e2e.batches import (
     DATA,
     SECONDS,
     YUAN,
+    Job,
     answers_of,
     command,
     in_order,
@@ -23,14 +24,12 @@ from tests.e2e.batches import (
     problems_of,
     result_of,
     tokens_on_disk,
+    undisturbed_job,
     wait_for_tokens,
     write_prompts,
 )
 from tests.e2e.processes import environment, eventually, family
 from tpcpu import LLM, Completion, SamplingParams
-
-COUNT, TOKENS = 12, 150
-"""Of the job that is disturbed: one or two seconds of work."""
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.9, top_p=0.9, seed=7)
@@ -79,16 +78,8 @@ def expected() -> dict[Any, Completion]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, dict[str, Any]]]:
-    """The input of a job on two ranks, and its answers; half of them are drawn."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    given, output = write_prompts(folder / "in.jsonl", COUNT, TOKENS), folder / "out.jsonl"
-    drawn = write_prompts(folder / "drawn.jsonl", COUNT, TOKENS, temperature=0.8, seed=5).read_text()
-    given.write_text("".join(given.read_text().splitlines(True)[::2] + drawn.splitlines(True)[1::2]))
-    with family(command(given, output, 2), folder) as started:
-        result = result_of(started)
-    assert result["new_tokens"] == COUNT * TOKENS
-    return given, answers_of(output)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return undisturbed_job(tmp_path_factory.mktemp("undisturbed"), 2.0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -122,18 +113,18 @@ def test_answers_are_those_of_generate_and_bad_lines_stop_nothing(tmp_path, expe
 
 def test_killed_at_any_moment_it_goes_on_in_the_middle_of_answers(tmp_path, undisturbed):
     """All of its processes at once, as when the power fails, and at last left alone."""
-    given, wanted = undisturbed
+    given, wanted = undisturbed.given, undisturbed.answers
     output = tmp_path / "out.jsonl"
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     draw = random.Random(seed)
     safe = 0
-    for number in range(3):
+    for number in range(2):
         folder = tmp_path / str(number)
         folder.mkdir()
         with family(command(given, output, 2), folder) as started:
             wait_for_tokens(started, output, safe + 100)
-            time.sleep(draw.uniform(0, 0.4))
+            time.sleep(draw.uniform(0, 0.3))
             started.kill()  # returns when they are gone
             age = time.time() - journal_of(output).stat().st_mtime
         assert age < 1.0, "the journal is written at least once a second"
@@ -144,7 +135,7 @@ def test_killed_at_any_moment_it_goes_on_in_the_middle_of_answers(tmp_path, undi
         result = result_of(started)
     assert answers_of(output) == wanted
     assert result["continued"] > 0
-    assert result["new_tokens"] == COUNT * TOKENS - safe, "what the journal holds is not computed again"
+    assert result["new_tokens"] == undisturbed.tokens - safe, "what the journal holds is not computed again"
     assert problems_of(output) == []
 
 
@@ -162,7 +153,7 @@ def test_what_writing_takes_is_told_and_little(tmp_path):
     ids=["SIGTERM twice", "SIGUSR1 to mpiexec", "SIGINT"],
 )
 def test_a_signal_stops_it_and_it_goes_on(tmp_path, undisturbed, number, launcher):
-    given, wanted = undisturbed
+    given, wanted = undisturbed.given, undisturbed.answers
     output = tmp_path / "out.jsonl"
     code = 130 if number == signal.SIGINT else 75
     arguments = command(given, output, 2)
@@ -182,7 +173,7 @@ def test_a_signal_stops_it_and_it_goes_on(tmp_path, undisturbed, number, launche
     with family(arguments, folder) as started:
         result = result_of(started)
     assert answers_of(output) == wanted
-    assert result["new_tokens"] == COUNT * TOKENS - safe
+    assert result["new_tokens"] == undisturbed.tokens - safe
 
 
 def test_a_signal_before_the_ranks_are_ready_leaves_everything_for_the_next_run(tmp_path):
@@ -213,7 +204,7 @@ def test_a_signal_before_the_ranks_are_ready_leaves_everything_for_the_next_run(
 
 def test_a_full_disk_loses_nothing(tmp_path, undisturbed):
     """In a mount namespace of the job's own, which takes the small disk with it when it ends."""
-    given, wanted = undisturbed
+    given, wanted = undisturbed.given, undisturbed.answers
     job = " ".join(map(str, command(given, Path("disk/out.jsonl"), 2, "--max-batch", "3")))
     script = f"""
 set -e
@@ -233,7 +224,7 @@ cp disk/* .
     told = re.search(r"disk/out\.jsonl\S*: no room left \(.*\): (\d+) answers are safe; make room and run", line)
     assert told, line
     assert f"\n{told[1]} disk/out.jsonl\n" in err
-    assert 0 < int(told[1]) < COUNT
+    assert 0 < int(told[1]) < len(wanted)
     assert json.loads(out)["resumed"] == int(told[1])
     assert answers_of(tmp_path / "out.jsonl") == wanted
 
