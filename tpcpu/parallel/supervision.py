@@ -20,6 +20,7 @@ from tpcpu.parallel.keeper import FORWARDED, end_descendants
 from tpcpu.parallel.lifeline import adopt_orphans
 from tpcpu.parallel.outcry import Outcry
 from tpcpu.parallel.processes import stat, tree
+from tpcpu.parallel.segments import named_segments, unlink_orphans
 
 _FINAL = (0, 2, EXIT_STOPPED, 130)
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -122,6 +123,7 @@ class Supervisor:
 
     def _watch(self, arguments: list[str]) -> Run:
         begin = time.monotonic()
+        segments = named_segments()
         job = self._job = launcher.Job(
             arguments, self._policy.grace, {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         )
@@ -135,6 +137,10 @@ class Supervisor:
                 self._end_stopped(job, stopped, looked)
         self._job = None
         end_descendants()
+        if code:
+            # what a keeper that was killed could not take away, and what came into its folder after its end
+            unlink_orphans(segments)
+            job.poll()
         errors = outcry.errors()
         return Run(code, time.monotonic() - begin, errors[-1] if errors else None)
 
