@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from tpcpu.parallel import processes
 from tpcpu.parallel.neighbours import Message, Neighbour, Neighbours
 from tpcpu.parallel.pulse import Pulse
 from tpcpu.parallel.segments import MPI_NAMES, mapped_segments, unlink_segments
+from tpcpu.parallel.watched import Process, Rank
 
 SHARE = 0.6
 """Of the time allowed for a fault to become an error: after so much of it a silent process counts as lost."""
@@ -37,42 +38,6 @@ _JOIN_SECONDS = 60.0
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HYDRA = "hydra_hwloc_xmlfile_"
 """MPICH's description of the machine, which its launcher holds open, and removes when it ends."""
-_AT_REST = 0.01
-"""Of a core: who uses less in the middle of an operation is not working at it."""
-
-
-@dataclass
-class _Process:
-    """One that is watched."""
-
-    pid: int
-    pidfd: int
-    title: str
-    alive: bool = True
-    stopped: float | None = None
-    """Since when it has been."""
-    used: tuple[int, ...] = ()
-    changed: float = field(default_factory=time.monotonic)
-    """When it last showed life."""
-
-
-@dataclass
-class _Rank(_Process):
-    rank: int = 0
-    pulse: Pulse = None  # type: ignore[assignment]
-    segments: tuple[str, ...] = ()
-    memory: processes.Memory = None  # type: ignore[assignment]
-    has_left: bool = False
-    step: tuple[int, int] = (-1, 0)
-    stepped: float = 0.0
-    worked: int = 0
-    """Ticks of work when the step became what it is, at `stepped`."""
-
-    def stands_still(self, now: float, seconds: float) -> bool:
-        """Whether it has waited so long, in the same operation: for other ranks, or without work of its own."""
-        if now - self.stepped <= seconds or not self.pulse.stepping:
-            return False
-        return self.pulse.exchanging or self.used[1] - self.worked < _AT_REST * (now - self.stepped) * processes.TICKS
 
 
 @dataclass
@@ -81,7 +46,7 @@ class _Fault:
 
     time: float
     text: str
-    process: _Process | None = None
+    process: Process | None = None
 
 
 class Witness:
@@ -92,8 +57,8 @@ class Witness:
         self._limit = SHARE * config["timeout"]
         self._beat = min(1.0, self._limit / 6)
         self._selector = selectors.DefaultSelector()
-        self._ranks: dict[int, _Rank] = {}
-        self._launchers: dict[int, _Process] = {}
+        self._ranks: dict[int, Rank] = {}
+        self._launchers: dict[int, Process] = {}
         self._launcher_errors: list[int] = []
         self._faults: list[_Fault] = []
         self._deadline = float("inf")
@@ -143,7 +108,7 @@ class Witness:
         pulse = Pulse(memory)
         pulse.witness_beats()
         title = f"rank {number} on {self._name} (pid {pid})"
-        rank = _Rank(
+        rank = Rank(
             pid, pidfd, title, rank=number, pulse=pulse, segments=tuple(hello["segments"]),
             memory=processes.Memory(pid),
         )  # fmt: skip
@@ -154,17 +119,17 @@ class Witness:
             if launcher not in self._launchers:
                 with contextlib.suppress(OSError):
                     what = f"the launcher {name} on {self._name} (pid {launcher})"
-                    self._launchers[launcher] = _Process(launcher, os.pidfd_open(launcher), what)
+                    self._launchers[launcher] = Process(launcher, os.pidfd_open(launcher), what)
                     self._watch(self._launchers[launcher])
                     self._hydra.update(processes.open_files(launcher, _HYDRA))
                     place = processes.standard_error(launcher, self._launchers[launcher].pidfd)
                     # the one that was started first is the one that somebody reads
                     self._launcher_errors[:0] = [] if place is None else [place]
 
-    def _watch(self, process: _Process) -> None:
+    def _watch(self, process: Process) -> None:
         self._selector.register(process.pidfd, selectors.EVENT_READ, lambda: self._ended(process))
 
-    def _listen(self, rank: _Rank, connection: socket.socket) -> None:
+    def _listen(self, rank: Rank, connection: socket.socket) -> None:
         """What a rank says: that it leaves, or that it has said itself why the job ends."""
         try:
             word = connection.recv(16)
@@ -180,10 +145,10 @@ class Witness:
             self._selector.unregister(connection)
             connection.close()
 
-    def _ended(self, process: _Process) -> None:
+    def _ended(self, process: Process) -> None:
         self._selector.unregister(process.pidfd)
         process.alive = False
-        if isinstance(process, _Rank):
+        if isinstance(process, Rank):
             if not process.has_left:
                 self._fault(time.monotonic(), f"{process.title} died {process.pulse.where()}", process)
         elif not all(rank.has_left for rank in self._ranks.values()):
@@ -193,7 +158,7 @@ class Witness:
 
     # What is wrong
 
-    def _fault(self, when: float, text: str, process: _Process | None = None) -> None:
+    def _fault(self, when: float, text: str, process: Process | None = None) -> None:
         if self._told:
             return
         first = not self._faults
@@ -242,23 +207,12 @@ class Witness:
         if stuck and all(each.news.get("stuck") for each in others) and not stood_still:
             self._fault(now, f"no rank gets on: {self._wheres(ranks)} for {self._limit:.1f} s")
 
-    def _look_at(self, process: _Process, now: float, stood_still: bool) -> None:
+    def _look_at(self, process: Process, now: float, stood_still: bool) -> None:
         stat = processes.stat(process.pid)
         if stat is None:
             return
-        life: tuple[int, ...] = stat.used
-        if isinstance(process, _Rank):
-            life = (*life, *process.pulse.life)
-            if process.pulse.step != process.step or stood_still:
-                process.step, process.stepped, process.worked = process.pulse.step, now, stat.used[1]
-        # ranks go on beside a launcher that somebody has stopped at a terminal, and who may bring it back
-        if not stat.is_stopped or (stat.is_in_background and not isinstance(process, _Rank)):
-            process.stopped = None
-        elif process.stopped is None or stood_still:
-            process.stopped = now
-        if life != process.used or stood_still:
-            process.used, process.changed = life, now
-        where = f" {process.pulse.where()}" if isinstance(process, _Rank) else ""
+        process.see(stat, now, anew=stood_still)
+        where = f" {process.pulse.where()}" if isinstance(process, Rank) else ""
         if process.stopped is not None:
             if now - process.stopped > self._limit - self._beat:
                 beside = where or f" ({self._wheres(self._living())})"
@@ -266,10 +220,10 @@ class Witness:
         elif where and now - process.changed > self._limit:
             self._fault(process.changed, f"{process.title} shows no life{where}", process)
 
-    def _living(self) -> list[_Rank]:
+    def _living(self) -> list[Rank]:
         return [rank for _, rank in sorted(self._ranks.items()) if rank.alive and not rank.has_left]
 
-    def _wheres(self, ranks: list[_Rank]) -> str:
+    def _wheres(self, ranks: list[Rank]) -> str:
         return ", ".join(f"rank {rank.rank} {rank.pulse.where()}" for rank in ranks[:3])
 
     # The end
@@ -308,17 +262,17 @@ class Witness:
         if code is not None and -code in _ASKED:
             return ""
         told = processes.describe_ending(code)
-        if isinstance(process, _Rank) and (limit := process.memory.exceeded()):
+        if isinstance(process, Rank) and (limit := process.memory.exceeded()):
             told = f"was killed for want of memory: {limit};"
         return fault.text.replace(f"{process.title} died", f"{process.title} {told}", 1)
 
     def _weight(self, fault: _Fault) -> tuple[bool, float]:
         """What came first; but a launcher that ends by itself does so over the end of another process."""
-        is_launcher = fault.process is not None and not isinstance(fault.process, _Rank) and not fault.process.alive
+        is_launcher = fault.process is not None and not isinstance(fault.process, Rank) and not fault.process.alive
         code = self._ending(fault.process) if is_launcher and fault.process is not None else None
         return is_launcher and (code is None or code >= 0), fault.time
 
-    def _ending(self, process: _Process) -> int | None:
+    def _ending(self, process: Process) -> int | None:
         """How it ended, which is known once its parent has collected it."""
         deadline = time.monotonic() + _MOMENT
         while (code := processes.ending(process.pid, process.pidfd)) is None and time.monotonic() < deadline:
@@ -330,7 +284,7 @@ class Witness:
         root = self._neighbours.others.get(0)
         return root is None or root.connection is None or time.monotonic() - root.heard > self._limit / 2
 
-    def _remove_files(self, stopped: list[_Process]) -> None:
+    def _remove_files(self, stopped: list[Process]) -> None:
         """What a launcher removes at its end, if it came to none."""
         dead = [each for each in self._launchers.values() if not each.alive or each in stopped]
         if not dead:
