@@ -72,20 +72,22 @@ if $full; then
     wanted+=" full"
 fi
 
-# What tests need besides Python: one a line, a program that it brings and the package.
+# What tests need besides Python: one a line, a program (or file) that it brings and the package.
 debian_packages() {
     cat <<EOT
 ip iproute2
 munged munge
 sbatch slurm-wlm
 EOT
+    # SLURM's plugin for PMIx, which Open MPI speaks, loads the library by this name.
+    ! $full || echo "/usr/lib/$(uname -m)-linux-gnu/pmix2/lib/libpmix.so libpmix-dev"
 }
 
 # As root on Debian and Ubuntu; elsewhere the tests that need them say what is missing.
 install_debian_packages() {
     local program package missing=""
     while read -r program package; do
-        PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=" $package"
+        [ -e "$program" ] || PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=" $package"
     done < <(debian_packages)
     if [ -z "$missing" ] || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
         return 0
