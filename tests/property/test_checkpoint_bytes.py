@@ -13,9 +13,11 @@ from safetensors.numpy import save
 
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.checkpoint.folder import read_index
+from tpcpu.checkpoint.gguf_file import GgufFile
 from tpcpu.checkpoint.header import read_header
 from tpcpu.checkpoint.torch_file import TorchFile
 from tpcpu.errors import CheckpointError
+from tpcpu.formats import ggml
 
 VALID = save({"a": np.arange(6, dtype=np.float32), "b.weight": np.zeros((2, 3), np.float16)})
 MEMORY = 8 << 20
@@ -153,6 +155,68 @@ class TestTorch:
     @given(st.integers(0, len(VALID_TORCH)), st.binary(max_size=10))
     def test_a_valid_file_cut_or_lengthened(self, tmp_path_factory, size, more):
         check_torch_file(tmp_path_factory.getbasetemp() / "cut.bin", VALID_TORCH[:size] + more)
+
+
+def gguf_text(value):
+    return struct.pack("<Q", len(value)) + value
+
+
+def gguf_file(tensors=2, entries=3):
+    """Two tensors, and metadata of a number, a text and lists."""
+    metadata = (
+        gguf_text(b"general.alignment") + struct.pack("<II", 4, 32)
+        + gguf_text(b"t.name") + struct.pack("<I", 8) + gguf_text(b"tiny")
+        + gguf_text(b"t.list") + struct.pack("<IIQ", 9, 8, 2) + gguf_text(b"a") + gguf_text(b"b")
+    )  # fmt: skip
+    described = (
+        gguf_text(b"x") + struct.pack("<IQQIQ", 2, 32, 2, 2, 0)  # Q4_0, 2 x 32
+        + gguf_text(b"y") + struct.pack("<IQIQ", 1, 4, 0, 64)  # F32, 4
+    )  # fmt: skip
+    header = b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + metadata + described
+    return header + bytes(-len(header) % 32) + bytes(80)
+
+
+VALID_GGUF = gguf_file()
+GGUF_SIZES = {number: (kind.name, kind.weights, kind.nbytes) for number, kind in ggml.TYPES.items()}
+
+
+def check_gguf(path, content):
+    path.write_bytes(content)
+    file = attempt(lambda path: GgufFile(path, GGUF_SIZES), path)
+    for tensor in file.tensors if file else ():
+        assert 0 <= file.offset(tensor) <= file.offset(tensor) + tensor.nbytes <= len(content)
+        assert file.array(tensor).nbytes == tensor.nbytes
+
+
+class TestGguf:
+    def test_the_valid_file(self, tmp_path):
+        (tmp_path / "valid.gguf").write_bytes(VALID_GGUF)
+        file = GgufFile(tmp_path / "valid.gguf", GGUF_SIZES)
+        assert file.metadata == {"general.alignment": 32, "t.name": "tiny", "t.list": ["a", "b"]}
+        assert [(each.name, each.dtype, each.shape, each.nbytes) for each in file.tensors] == [
+            ("x", "Q4_0", (2, 32), 36), ("y", "F32", (4,), 16),
+        ]  # fmt: skip
+
+    @given(st.binary(max_size=200), st.sampled_from([b"", b"GGUF", VALID_GGUF[:24]]))
+    def test_any_bytes(self, tmp_path_factory, content, before):
+        check_gguf(tmp_path_factory.getbasetemp() / "any.gguf", before + content)
+
+    @given(st.lists(st.tuples(st.integers(0, len(VALID_GGUF) - 81), st.integers(0, 255)), min_size=1, max_size=5))
+    @settings(max_examples=400)
+    def test_a_valid_file_with_bytes_changed(self, tmp_path_factory, changes):
+        content = bytearray(VALID_GGUF)
+        for place, value in changes:
+            content[place] = value
+        check_gguf(tmp_path_factory.getbasetemp() / "changed.gguf", bytes(content))
+
+    @given(numbers, numbers)
+    def test_any_counts(self, tmp_path_factory, tensors, entries):
+        file = gguf_file(tensors % 2**64, entries % 2**64)
+        check_gguf(tmp_path_factory.getbasetemp() / "counts.gguf", file)
+
+    @given(st.integers(0, len(VALID_GGUF)), st.binary(max_size=10))
+    def test_a_valid_file_cut_or_lengthened(self, tmp_path_factory, size, more):
+        check_gguf(tmp_path_factory.getbasetemp() / "cut.gguf", VALID_GGUF[:size] + more)
 
 
 def check_index(path, content):

@@ -7,10 +7,10 @@ Knows which files a folder should have and how an index names them. Knows nothin
 """
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy.typing as npt
 
@@ -24,6 +24,19 @@ SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.j
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 MAX_JSON_BYTES = 64 << 20  # the largest index published is a few megabytes
+
+
+class WeightsFile(Protocol):
+    """A file of tensors, of whichever format. Advice and `offset` count bytes of the file."""
+
+    path: Path
+    tensors: tuple[StoredTensor, ...]
+
+    def array(self, tensor: StoredTensor) -> npt.NDArray[Any]: ...
+    def is_mapped(self, tensor: StoredTensor) -> bool: ...
+    def offset(self, tensor: StoredTensor) -> int | None: ...
+    def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None: ...
+    def close(self) -> None: ...
 
 
 class Checkpoint:
@@ -49,32 +62,34 @@ class Checkpoint:
         self.config = read_json(self.path / "config.json")
         generation = self.path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
-        self.files, weight_map = _weight_files(self.path)
-        self._open = {}
-        owners: dict[str, MappedFile | TorchFile] = {}
-        tensors: dict[str, StoredTensor] = {}
-        for file in self.files:
-            opened: MappedFile | TorchFile = TorchFile(file) if file.suffix == ".bin" else MappedFile(file)
-            self._open[file] = opened
-            for tensor in opened.tensors if isinstance(opened, TorchFile) else opened.header.tensors:
-                if weight_map.get(tensor.name, file.name) != file.name:
-                    continue  # the index says that another file's copy counts
-                if tensor.name in tensors:
-                    raise CheckpointError(
-                        f"tensor {tensor.name} is in {tensors[tensor.name].file} and in {file},"
-                        " and no index says which counts"
-                    )
-                tensors[tensor.name], owners[tensor.name] = tensor, opened
+        files, weight_map = _weight_files(self.path)
+        self._take([TorchFile(file) if file.suffix == ".bin" else MappedFile(file) for file in files], weight_map)
         for name, file_name in weight_map.items():
-            if name not in tensors:
+            if name not in self.tensors:
                 raise CheckpointError(
                     f"{self.path / file_name}: tensor {name} is missing, which the index says is there"
                 )
-        self.tensors, self._owners = MappingProxyType(tensors), owners
         return self
 
-    _open: dict[Path, MappedFile | TorchFile]
-    _owners: dict[str, MappedFile | TorchFile]
+    _open: Sequence["WeightsFile"]
+    _owners: dict[str, "WeightsFile"]
+
+    def _take(self, opened: Sequence["WeightsFile"], weight_map: Mapping[str, str]) -> None:
+        """The tensors of the files; those that `weight_map` names only from the file that it says."""
+        owners: dict[str, WeightsFile] = {}
+        tensors: dict[str, StoredTensor] = {}
+        for file in opened:
+            for tensor in file.tensors:
+                if weight_map.get(tensor.name, file.path.name) != file.path.name:
+                    continue  # the index says that another file's copy counts
+                if tensor.name in tensors:
+                    raise CheckpointError(
+                        f"tensor {tensor.name} is in {tensors[tensor.name].file} and in {file.path},"
+                        " and no index says which counts"
+                    )
+                tensors[tensor.name], owners[tensor.name] = tensor, file
+        self._open, self.files = opened, tuple(file.path for file in opened)
+        self.tensors, self._owners = MappingProxyType(tensors), owners
 
     def __getitem__(self, name: str) -> StoredTensor:
         """The tensor called `name`, unread. Raises CheckpointError naming checkpoint and tensor."""
@@ -118,7 +133,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files."""
-        for file in self._open.values():
+        for file in self._open:
             file.close()
 
     def __enter__(self) -> Self:
@@ -146,7 +161,8 @@ def _find(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{path}: is a file; expected the folder that holds config.json and the weights")
+        hint = "; tpcpu quantize makes one of a GGUF file" if folder.suffix == ".gguf" else ""
+        raise CheckpointError(f"{path}: is a file; expected the folder that holds config.json and the weights{hint}")
     if (cached := hub.find(str(path))) is not None:
         return cached
     raise CheckpointError(

@@ -34,6 +34,7 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header: Header = read_header(path)
+        self.tensors = self.header.tensors
         try:
             with open(path, "rb") as file:
                 self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
