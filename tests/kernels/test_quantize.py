@@ -122,7 +122,7 @@ def test_the_number_of_threads_changes_nothing(tmp_path):
 def test_tensors_of_several_pieces(tmp_path, monkeypatch):
     quantize(DATA / "yuan-tiny", tmp_path / "whole", "nf4")
     quantize(DATA / "yuan-tiny", tmp_path / "whole8", "int8")
-    monkeypatch.setattr("tpcpu.quantize.convert.PIECE", 4096)
+    monkeypatch.setattr("tpcpu.quantize.values.PIECE", 4096)
     quantize(DATA / "yuan-tiny", tmp_path / "pieces", "nf4")
     quantize(DATA / "yuan-tiny", tmp_path / "pieces8", "int8")
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "pieces")

@@ -11,7 +11,7 @@ from typing import Any
 from tpcpu import models
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.errors import ConfigError, LaunchError
-from tpcpu.formats import int8, nf4
+from tpcpu.formats import fp8, int8, nf4
 from tpcpu.parallel.partition import Share
 
 _FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "float32"}
@@ -84,6 +84,11 @@ def _logical_tensors(checkpoint: Checkpoint) -> dict[str, _Logical]:
             form = stored.kind + ("" if stored.nested else ", float32 scales")
             form += f", blocks of {block}" if block != nf4.BLOCK else ""
             logical[name] = _Logical(form, stored.shape, nbytes, dequantised=stored.block != nf4.BLOCK)
+        elif tensor.dtype == "F8_E4M3":
+            fp8.layout(name, tensor.shape, lambda part: names[part].shape, names, fp8.block_of(checkpoint.config))
+            own = [part for part in fp8.part_names(name) if part in names]
+            parts.update(own)
+            logical[name] = _Logical("fp8", tensor.shape, tensor.nbytes + sum(names[part].nbytes for part in own))
         elif tensor.dtype == "I8" and int8.is_stored(name, names):
             scales = int8.scale_name(name)
             parts.add(scales)
@@ -95,7 +100,14 @@ def _logical_tensors(checkpoint: Checkpoint) -> dict[str, _Logical]:
 
 def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], found: Description) -> None:
     method = _quantization(checkpoint.config)
-    if method not in (None, "bitsandbytes", int8.QUANTIZATION_CONFIG["quant_method"]):
+    through_quantize = "GGUF files" if checkpoint.path.suffix == ".gguf" else None
+    if any(tensor.format == "fp8" for tensor in logical.values()):
+        through_quantize = "fp8 weights"
+    if through_quantize is not None:
+        found.unsupported.append(
+            f"{through_quantize} are not served as they are: tpcpu quantize makes NF4, int8 or bf16 of them"
+        )
+    elif method not in (None, "bitsandbytes", int8.QUANTIZATION_CONFIG["quant_method"]):
         found.unsupported.append(
             f"quantised with {method}: only bitsandbytes' 4 bits and {int8.QUANTIZATION_CONFIG} are read"
         )
@@ -116,6 +128,8 @@ def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], fo
                 f"tensor {weight.name} has the shape {list(tensor.shape)},"
                 f" by config.json it is {list(weight.full_shape)}"
             )
+        elif through_quantize is not None:
+            continue
         elif tensor.format not in _FLOATS.values() and not tensor.format.startswith(_QUANTISED):
             found.unsupported.append(f"tensor {weight.name} is stored as {tensor.format}, which is not supported")
         elif weight.kind.multiplies and quantized and tensor.format in _FLOATS.values():

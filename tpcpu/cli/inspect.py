@@ -4,9 +4,12 @@ Knows its flags. What it says is put together in `description`.
 """
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpcpu.cli.output import Output
+
+if TYPE_CHECKING:
+    from tpcpu.checkpoint import Checkpoint
 
 
 def add_parser(subparsers: Any) -> None:
@@ -16,7 +19,9 @@ def add_parser(subparsers: Any) -> None:
         help="what a checkpoint holds, and which rank counts work",
         description="Describe the checkpoint DIR.",
     )
-    parser.add_argument("dir", metavar="DIR", help="a Hugging Face folder, or a hub name in the local cache")
+    parser.add_argument(
+        "dir", metavar="DIR", help="a Hugging Face folder, a hub name in the local cache, or a GGUF file"
+    )
     parser.add_argument("--json", action="store_true", help="print the description as one JSON line")
     parser.set_defaults(run=run)
 
@@ -25,12 +30,21 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from dataclasses import asdict
 
-    from tpcpu.checkpoint import Checkpoint
     from tpcpu.cli.description import describe, text
 
     output = Output(args.json)
-    with Checkpoint.open(args.dir) as checkpoint:
+    with _open(args.dir) as checkpoint:
         found = describe(checkpoint)
     output.line(text(found))
     output.result(asdict(found))
     return 0
+
+
+def _open(path: str) -> "Checkpoint":
+    if path.endswith(".gguf"):
+        from tpcpu.quantize import open_source  # which needs the kernels, and these take a while
+
+        return open_source(path)
+    from tpcpu.checkpoint import Checkpoint
+
+    return Checkpoint.open(path)

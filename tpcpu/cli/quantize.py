@@ -20,7 +20,9 @@ def add_parser(subparsers: Any) -> None:
         help="write a checkpoint in 4 or 8 bits",
         description="Write the checkpoint SRC to the new folder DST.",
     )
-    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder, or a hub name in the local cache")
+    parser.add_argument(
+        "src", metavar="SRC", help="a Hugging Face folder, a hub name in the local cache, or a GGUF file"
+    )
     parser.add_argument("dst", metavar="DST", help="a folder that does not exist; complete or absent afterwards")
     parser.add_argument("--format", choices=FORMATS, default="nf4", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, metavar="N", help="threads; default: one per core")

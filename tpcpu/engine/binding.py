@@ -129,6 +129,10 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | No
     elif int8.is_stored(name, checkpoint.tensors):
         form = "int8"
         int8.from_tensors(name, checkpoint.array, checkpoint.tensors)
+    if tensor.dtype == "F8_E4M3":
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name} is fp8, which is not served as it is; tpcpu quantize makes NF4 of the folder"
+        )
     if not form:
         raise CheckpointError(
             f"{tensor.file}: tensor {name} is {tensor.dtype}; expected one of {', '.join(STORED)}, NF4, FP4 or int8"

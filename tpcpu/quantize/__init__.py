@@ -13,10 +13,12 @@ from typing import Any
 
 from tpcpu.checkpoint import Checkpoint, FolderWriter, Planned, read_header
 from tpcpu.errors import UsageError
+from tpcpu.quantize import gguf_tokenizer
 from tpcpu.quantize.convert import Converter
+from tpcpu.quantize.gguf import GgufCheckpoint
 from tpcpu.quantize.plan import new_config, output_files, parts, plan
 
-__all__ = ["FORMATS", "Progress", "Report", "quantize"]
+__all__ = ["FORMATS", "Progress", "Report", "open_source", "quantize"]
 
 FORMATS = ("nf4", "int8", "bf16", "float32")
 
@@ -49,6 +51,8 @@ def quantize(
 ) -> Report:
     """Write the checkpoint `src` to the new folder `dst` in `format`: nf4, int8, bf16 or float32, with `jobs` threads.
 
+    `src` is a folder, the name of one in the local Hugging Face cache, or a GGUF file.
+
     `dst` is complete or absent. After an interruption or a full disk the same call goes on after the files that were
     finished. Raises CheckpointError, ConfigError or OutputError.
     """
@@ -57,7 +61,7 @@ def quantize(
     if jobs is not None and jobs < 1:
         raise UsageError(f"{jobs} jobs; at least one thread has to work")
     began = time.monotonic()
-    with Checkpoint.open(src) as checkpoint:
+    with open_source(src) as checkpoint:
         treatments, dropped = plan(checkpoint, format)
         files = output_files(treatments)
         planned = {
@@ -99,9 +103,17 @@ def quantize(
     return Report(total, written, time.monotonic() - began, len(files), resumed, kept, dropped)
 
 
+def open_source(src: str | Path) -> Checkpoint:
+    """What can be quantised, opened: a folder, the name of one in the local Hugging Face cache, or a GGUF file."""
+    is_gguf = Path(src).suffix == ".gguf" and Path(src).expanduser().is_file()
+    return (GgufCheckpoint if is_gguf else Checkpoint).open(src)
+
+
 def _settings(checkpoint: Checkpoint, target: str) -> dict[str, Any]:
     """What a later run must agree on to go on with this one's files."""
-    source = [checkpoint.path / "config.json", *checkpoint.files]
+    source = [*checkpoint.files]
+    if not isinstance(checkpoint, GgufCheckpoint):
+        source.insert(0, checkpoint.path / "config.json")
     stats = [(path.name, path.stat()) for path in source]
     return {
         "layout": "1",
@@ -121,7 +133,11 @@ def _write_rest(
             "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
-    for path in sorted(checkpoint.path.iterdir()):
+    is_gguf = isinstance(checkpoint, GgufCheckpoint)
+    if isinstance(checkpoint, GgufCheckpoint):
+        for name, content in gguf_tokenizer.files(checkpoint.path, checkpoint.metadata).items():
+            folder.write(name, content)
+    for path in () if is_gguf else sorted(checkpoint.path.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
         if weights or path.name.endswith((".index.json", ".tmp")) or path.name.startswith("."):
             continue

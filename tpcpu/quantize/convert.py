@@ -17,9 +17,9 @@ from tpcpu.errors import CheckpointError
 from tpcpu.formats import floats, int8, nf4
 from tpcpu.formats.tables import DYNAMIC_MAP, NEAREST_CODE, NF4_CODE
 from tpcpu.kernels import quantize as kernels
-from tpcpu.quantize.plan import DTYPE_NAMES, Treatment
+from tpcpu.quantize.plan import Treatment
+from tpcpu.quantize.values import DTYPE_NAMES, Values, values_of
 
-PIECE = 1 << 20  # values that one thread converts at a time: a few megabytes of source
 BLOCK = kernels.BLOCK
 
 _KERNEL_DTYPES = {"bfloat16": kernels.BF16, "float16": kernels.F16, "float32": kernels.F32}
@@ -45,53 +45,53 @@ class Converter:
         No thread is at work any more when this returns or raises.
         """
         name = treatment.source.name
-        values = self._checkpoint.array(name).reshape(-1)
-        dtype = DTYPE_NAMES[treatment.source.dtype]
+        values = values_of(self._checkpoint, treatment.source)
+        dtype = values.dtype
         match treatment.into:
             case "nf4":
-                maxima = self._maxima(name, values, dtype)
-                self._write_nf4_scales(treatment, maxima, dtype, weights)
+                maxima = self._maxima(name, values)
+                self._write_nf4_scales(treatment, maxima, weights)
                 self._run(values, lambda start, piece: self._nf4(name, dtype, start, piece, maxima, weights), advance)
             case "int8":
-                maxima = self._maxima(name, values, dtype)
+                maxima = self._maxima(name, values)
                 self._run(values, lambda start, piece: self._int8(name, dtype, start, piece, maxima, weights), advance)
                 weights.write(int8.scale_name(name), maxima)
             case into:
-                self._run(values, lambda start, piece: self._float(name, into, start, piece, weights), advance)
+                self._run(values, lambda start, piece: self._float(name, dtype, into, start, piece, weights), advance)
         self._checkpoint.release(name)
 
     def _run(
         self,
-        values: floats.Array,
+        values: Values,
         work: Callable[[int, floats.Array], None],
-        advance: Callable[[int], None] = lambda _: None,
+        advance: Callable[[int], None] | None,
     ) -> None:
-        """`work(start, piece)` for all pieces of the flat `values`, on all cores."""
+        """`work(start, piece)` for all pieces, on all cores; without `advance` they are needed once more."""
 
         def one(start: int) -> int:
-            piece = values[start : start + PIECE]
-            work(start, piece if piece.flags.aligned else piece.copy())
-            return piece.nbytes
+            work(start, values.piece(start))
+            if advance is not None:
+                values.release(start)
+            return values.stored_bytes(start)
 
-        pieces = [self._pool.submit(one, start) for start in range(0, values.size, PIECE)]
+        pieces = [self._pool.submit(one, start) for start in range(0, values.size, values.step)]
         try:
             for piece in pieces:
-                advance(piece.result())
+                nbytes = piece.result()
+                if advance is not None:
+                    advance(nbytes)
         finally:  # after a fault, or Ctrl-C: what is at work still uses the files, which are about to be closed
             for piece in pieces:
                 piece.cancel()
             wait(pieces)
 
-    def _release(self, name: str, start: int, piece: floats.Array) -> None:
-        self._checkpoint.release(name, start * piece.itemsize, (start + piece.size) * piece.itemsize)
-
-    def _maxima(self, name: str, values: floats.Array, dtype: str) -> npt.NDArray[np.float32]:
+    def _maxima(self, name: str, values: Values) -> npt.NDArray[np.float32]:
         maxima = np.empty(values.size // BLOCK, np.float32)
 
         def work(start: int, piece: floats.Array) -> None:
-            self._check(name, dtype, start, piece, maxima[start // BLOCK : (start + piece.size) // BLOCK])
+            self._check(name, values.dtype, start, piece, maxima[start // BLOCK : (start + piece.size) // BLOCK])
 
-        self._run(values, work)
+        self._run(values, work, None)
         return maxima
 
     def _check(self, name: str, dtype: str, start: int, piece: floats.Array, maxima: npt.NDArray[np.float32]) -> None:
@@ -130,13 +130,10 @@ class Converter:
         kernels.nf4_codes(
             _KERNEL_DTYPES[dtype], piece.ctypes.data, 1, blocks, 0, own.ctypes.data, 0, codes.ctypes.data, 0
         )
-        self._release(name, start, piece)
         weights.write(name, codes, start // 2)
 
-    def _write_nf4_scales(
-        self, treatment: Treatment, maxima: npt.NDArray[np.float32], dtype: str, weights: WeightsWriter
-    ) -> None:
-        name = treatment.source.name
+    def _write_nf4_scales(self, treatment: Treatment, maxima: npt.NDArray[np.float32], weights: WeightsWriter) -> None:
+        name, dtype = treatment.source.name, DTYPE_NAMES[treatment.source.dtype]
         offset = nf4.scale_offset(maxima)
         codes, groups = np.empty(maxima.size, np.uint8), np.empty(-(-maxima.size // nf4.GROUP), np.float32)
         kernels.nf4_scale_codes(
@@ -167,12 +164,10 @@ class Converter:
         kernels.int8_values(
             _KERNEL_DTYPES[dtype], piece.ctypes.data, 1, blocks, 0, scales, 0, values.ctypes.data, 0, scales, 0
         )
-        self._release(name, start, piece)
         weights.write(name, values, start)
 
-    def _float(self, name: str, into: str, start: int, piece: floats.Array, weights: WeightsWriter) -> None:
+    def _float(self, name: str, dtype: str, into: str, start: int, piece: floats.Array, weights: WeightsWriter) -> None:
         full = piece.size // BLOCK * BLOCK
-        dtype = DTYPE_NAMES[self._checkpoint[name].dtype]
         self._check(name, dtype, start, piece[:full], np.empty(full // BLOCK, np.float32))
         if not np.isfinite(floats.to_float32(piece[full:])).all():
             self._refuse(name, start + full, piece[full:])
@@ -180,4 +175,3 @@ class Converter:
         if dtype != into != "float32" and not np.isfinite(floats.to_float32(converted)).all():
             raise CheckpointError(f"tensor {name} holds values beyond the range of {into}; use --format float32")
         weights.write(name, converted, start * converted.itemsize)
-        self._release(name, start, piece)

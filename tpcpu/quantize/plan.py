@@ -5,6 +5,7 @@ The model itself says which tensor is which. Knows shapes and names; reads and w
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 from tpcpu import models
 from tpcpu.checkpoint import Checkpoint, Planned, StoredTensor
 from tpcpu.errors import CheckpointError
-from tpcpu.formats import floats, int8, nf4
+from tpcpu.formats import floats, fp8, int8, nf4
 from tpcpu.parallel.partition import Share
 from tpcpu.program.operations import BLOCK, Kind
+from tpcpu.quantize.values import DTYPE_NAMES
 
-DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_STORED_NAMES = {name: stored for stored, name in DTYPE_NAMES.items()}
+_STORED_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 _LONGEST_STATE = 512  # bytes of the JSON part of an NF4 tensor; its eight dimensions and numbers cannot fill them
 _PIECE = 1 << 22
@@ -39,9 +40,9 @@ def plan(checkpoint: Checkpoint, target: str) -> tuple[list[Treatment], tuple[st
     Raises ConfigError for a model that is not supported, CheckpointError for tensors that do not fit it or are
     quantised already.
     """
-    if checkpoint.config.get("quantization_config") is not None:
-        method = checkpoint.config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
+    method = checkpoint.config.get("quantization_config")
+    method = method.get("quant_method", "an unnamed method") if isinstance(method, dict) else method
+    if method is not None and method not in fp8.METHODS:
         raise CheckpointError(f"{checkpoint.path}: is quantised already ({method}); start from the model as published")
     model = models.read_config(checkpoint.config)
     declared = model.program(Share(0, 1)).weights  # a tied embedding is declared twice: it is the head as well
@@ -52,9 +53,13 @@ def plan(checkpoint: Checkpoint, target: str) -> tuple[list[Treatment], tuple[st
                 f"{checkpoint[name].file}: tensor {name} has the shape {list(shape)},"
                 f" but by config.json it is {list(weight.full_shape)}"
             )
+    of_fp8 = [name for name in weights if checkpoint[name].dtype == "F8_E4M3"]
+    parts_of_others = {part for name in of_fp8 for part in fp8.part_names(name)}
     treatments, dropped = [], []
     for name, tensor in checkpoint.tensors.items():
         if name not in weights:
+            if name in parts_of_others:
+                continue
             if not model.is_optional(name):
                 raise CheckpointError(
                     f"{tensor.file}: tensor {name} does not belong to a model of type {model.model_type}"
@@ -128,15 +133,18 @@ def output_files(treatments: list[Treatment]) -> dict[str, list[Treatment]]:
     """The weights files to write, in order, and what goes into each: as in the source, as safetensors."""
     files: dict[str, list[Treatment]] = {}
     for treatment in treatments:
-        stem = treatment.source.file.stem
-        name = stem.replace("pytorch_model", "model", 1) + ".safetensors"
+        file = treatment.source.file
+        name = file.stem.replace("pytorch_model", "model", 1) + ".safetensors"
+        if file.suffix == ".gguf":
+            split = re.search(r"-\d{5}-of-\d{5}$", file.stem)
+            name = f"model{split[0] if split else ''}.safetensors"
         files.setdefault(name, []).append(treatment)
     return files
 
 
 def new_config(config: dict[str, Any], target: str, kept: list[str]) -> dict[str, Any]:
     """The config of a folder quantised to `target`; `kept` names the multiplying tensors that stay as given."""
-    config = dict(config)
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     key = "dtype" if "dtype" in config else "torch_dtype"
     match target:
         case "nf4":

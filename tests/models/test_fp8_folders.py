@@ -1,0 +1,118 @@
+"""Folders of fp8 weights: quantised from as the bfloat16 weights that transformers makes of them."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+
+from tests.models.tiny import DATA
+from tpcpu.checkpoint import Checkpoint
+from tpcpu.cli.description import describe
+from tpcpu.errors import CheckpointError
+from tpcpu.formats import int8, nf4
+from tpcpu.quantize import quantize
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+load_file, save_file = (getattr(pytest.importorskip("safetensors.torch"), f"{verb}_file") for verb in ("load", "save"))
+
+MODEL = DATA / "llama-tiny"
+BLOCK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+CHANNEL = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
+def write(folder, section, change=lambda _: None):
+    """llama-tiny with its projections in fp8: of 704 features, the last block is short. Returns what was stored."""
+    stored, block = load_file(MODEL / "model.safetensors"), section.get("weight_block_size", [None])[0]
+    for name in [name for name in stored if "_proj" in name]:
+        values, (rows, columns) = stored[name].float(), stored[name].shape
+        if block is not None:
+            padded = torch.nn.functional.pad(values, (0, -columns % block, 0, -rows % block))
+            scales = padded.reshape(-(-rows // block), block, -1, block).abs().amax((1, 3)) / 448
+            wide = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+        else:
+            scales = wide = values.abs().amax(1, keepdim=True) / 448
+        stored[name] = (values / wide).to(torch.float8_e4m3fn)
+        stored[f"{name.removesuffix('weight')}weight_scale{'_inv' if block else ''}"] = scales
+    if section is CHANNEL:
+        stored["model.layers.0.mlp.up_proj.input_scale"] = torch.ones(1)
+    change(stored)
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    shutil.copy(MODEL / "tokenizer.model", folder)
+    return stored
+
+
+def test_values_are_those_that_transformers_reads(tmp_path):
+    """It reads no blocks that are short."""
+    write(tmp_path / "fp8", BLOCK | {"weight_block_size": [64, 64]})
+    quantize(tmp_path / "fp8", tmp_path / "bf16", "bf16")
+    assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformers.FineGrainedFP8Config(dequantize=True)
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            tmp_path / "fp8", quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        )
+    theirs = dict(model.named_parameters())
+    with Checkpoint.open(tmp_path / "bf16") as checkpoint:
+        assert set(theirs) == set(checkpoint.tensors)
+        for name in theirs:
+            if "_proj" in name:
+                ours = checkpoint.array(name).view(np.uint16)
+                assert np.array_equal(ours, theirs[name].detach().view(torch.uint16).numpy()), name
+
+
+@pytest.mark.parametrize("form", [nf4, int8], ids=["nf4", "int8"])
+@pytest.mark.parametrize("section", [BLOCK, CHANNEL], ids=["block", "channel"])
+def test_quantised_anew(tmp_path, section, form):
+    write(tmp_path / "fp8", section)
+    for target in ("bf16", form.__name__.rpartition(".")[2]):
+        quantize(tmp_path / "fp8", tmp_path / target, target)
+    with Checkpoint.open(tmp_path / "bf16") as plain, Checkpoint.open(tmp_path / target) as written:
+        stored = [name for name in plain.tensors if form.is_stored(name, written.tensors)]
+        assert len(stored) == sum("_proj" in name for name in plain.tensors)
+        for name in stored[:7]:
+            for part, expected in form.to_tensors(name, form.quantize(plain.array(name))).items():
+                assert np.array_equal(written.array(part), expected), part
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored: stored.pop(f"{UP}_scale_inv"), rf"tensor {UP} is fp8; expected its scales"),
+        (
+            lambda stored: stored.update({f"{UP}_scale_inv": torch.ones(2, 6)}),
+            rf"tensor {UP}_scale_inv: shape \[2, 6\]",
+        ),
+        (lambda stored: stored[f"{UP}_scale_inv"].fill_(float("nan")), f"tensor {UP}_scale_inv holds NaN"),
+        (lambda stored: stored[UP].view(torch.uint8)[3, 5:6].fill_(127), rf"tensor {UP} holds nan at \[3, 5\]"),
+        (lambda stored: stored.update({"stranger": torch.ones(1)}), "stranger does not belong"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, change, message):
+    write(tmp_path / "fp8", BLOCK, change)
+    with pytest.raises(CheckpointError, match=message):
+        quantize(tmp_path / "fp8", tmp_path / "nf4", "nf4")
+
+
+@pytest.mark.parametrize("section", [BLOCK, CHANNEL], ids=["block", "channel"])
+def test_inspect(tmp_path, section):
+    stored = write(tmp_path / "fp8", section)
+    with Checkpoint.open(tmp_path / "fp8") as checkpoint:
+        found = describe(checkpoint)
+    assert found.parameters == 6524160
+    assert sum(found.bytes_by_format.values()) == found.total_bytes
+    assert found.parameters_by_format["fp8"] == sum(
+        values.numel() for name, values in stored.items() if name[-12:] == "_proj.weight"
+    )
+    assert found.unsupported == [
+        "fp8 weights are not served as they are: tpcpu quantize makes NF4, int8 or bf16 of them"
+    ]
