@@ -59,7 +59,9 @@ class LLM:
     int8, bf16, float32) and `lm_head`: as stored by default, see `tpcpu quantize`. `exact`: float32 arithmetic.
     `context`: tokens of prompt and answer. `cache_tokens`: of all prompts and answers that the cache holds together;
     `max_batch`: how many are worked on at a time; `speculate`: how many tokens are drafted at most, from what the text
-    said before, and verified in one step: it changes no answer. `progress` is told of slow phases.
+    said before, and verified in one step: it changes no answer. `read`: `shared` where all hosts see one folder, which
+    the ranks then read once, together, `local` where each host reads its own copy; found out by default. `progress` is
+    told of slow phases.
 
     Threads may share a model that this process runs or started: their requests take turns. A copy of the process that
     `fork` makes has no model.
@@ -85,12 +87,13 @@ class LLM:
         speculate: int = 0,
         all_reduce: AllReduceKind = "window",
         wire: Wire = "float32",
+        read: Literal["shared", "local"] | None = None,
         fault_timeout: float = DEFAULT_FAULT_TIMEOUT,
         progress: Progress | None = None,
     ) -> None:
         options = Options(
             format, lm_head, exact, context, threads, chunk_tokens, page_tokens, kv_cache, cache_tokens, max_batch,
-            speculate, wire, fault_timeout,
+            speculate, wire, read, fault_timeout,
         )  # fmt: skip
         check_connection(all_reduce, fault_timeout, wire)
         self._backend: Backend

@@ -35,9 +35,9 @@ def test_speed_is_told_where_it_was_noticed(monkeypatch):
     monkeypatch.setattr(loader, "NOTICED_SECONDS", 0)
     told, loaders, inner = Told(), [], loader.Loader.load
 
-    def load_and_keep(self, bindings):
+    def load_and_keep(self, needed):
         loaders.append(self)
-        return inner(self, bindings)
+        return inner(self, needed)
 
     monkeypatch.setattr(loader.Loader, "load", load_and_keep)
     engine = load(told)

@@ -1,41 +1,52 @@
-"""A checkpoint that the ranks of a job read together: every rank gets the regions that it would read by itself."""
+"""A checkpoint that the ranks of a job read together: every rank gets the weights that it would read by itself."""
 
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it, which safetensors asks for)
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.engine.binding import bind
 from tpcpu.engine.extents import LEAST_BYTES, Plan
-from tpcpu.engine.parts import Part, parts
+from tpcpu.engine.parts import Part, needed
+from tpcpu.engine.progress import Silent
+from tpcpu.engine.source import Folder
 from tpcpu.engine.supply import Mapped, Shared
 from tpcpu.errors import CheckpointError
+from tpcpu.formats import nf4
+from tpcpu.kernels import record as R
 from tpcpu.models import read_config
 from tpcpu.parallel.communicator import Communicator
 from tpcpu.parallel.partition import Share
-from tpcpu.program.operations import Kind
+from tpcpu.parallel.team import Team
+from tpcpu.program.weights import Packed, Vector
 from tpcpu.quantize import quantize
 
 pytestmark = pytest.mark.mpi
 
 DATA = Path(__file__).parents[1] / "data"
-STORED = ("llama-tiny", "yuan-tiny", "stories260k", "nf4", "int8")
+STORED = ("yuan-tiny", "nf4", "nested")
 
 
 @pytest.fixture(scope="module")
 def written(communicator: Communicator) -> Iterator[Path]:
-    """Folders of yuan-tiny as NF4 and int8."""
+    """Folders of yuan-tiny as NF4 and int8, and of stories260k in NF4 whose blocks partly cross rows."""
     root = Path(tempfile.mkdtemp(prefix="tpcpu-test-")) if communicator.is_root else None
     folder: Path = communicator.broadcast_object(root)
     if communicator.is_root:
         for form in ("nf4", "int8"):
             quantize(DATA / "yuan-tiny", folder / form, form)
+        for form in ("nested", "single"):
+            write_flat_nf4(folder / form, nested=form == "nested")
     communicator.barrier()
     yield folder
     communicator.barrier()
@@ -43,34 +54,115 @@ def written(communicator: Communicator) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def write_flat_nf4(folder: Path, nested: bool) -> None:
+    """As bitsandbytes writes it: whatever the length of a row."""
+    shutil.copytree(DATA / "stories260k", folder)
+    tensors: dict[str, Any] = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            tensors |= nf4.to_tensors(name, nf4.quantize(values, nested=nested))
+        else:
+            tensors[name] = values
+    save_file(tensors, folder / "model.safetensors")
+
+
 def declared(checkpoint: Checkpoint, communicator: Communicator) -> list[Part]:
     """All that the ranks need of a checkpoint, in the order of use."""
     model = read_config(checkpoint.config)
-    programs = [model.program(Share(rank, communicator.size)) for rank in range(communicator.size)]
-    tables = [{(weight.name, weight.kind): weight for weight in program.weights} for program in programs]
+    programs = {rank: model.program(Share(rank, communicator.size)) for rank in range(communicator.size)}
     bindings = bind(checkpoint, model, programs[communicator.rank], None, None)
-    heads = {each.weight.name for each in bindings if each.weight.kind is Kind.HEAD}
-    found: list[Part] = []
-    for each in bindings:
-        key = each.weight.name, each.weight.kind
-        if each.weight.kind is not Kind.EMBEDDING or each.weight.name not in heads:
-            of_ranks = {rank: table[key] for rank, table in enumerate(tables)}
-            found += parts(each, of_ranks, checkpoint).values()
-    return found
+    weights = {rank: program.weights for rank, program in programs.items()}
+    return [part for _, parts in needed(bindings, weights, checkpoint) for part in parts.values()]
 
 
 def folder_of(name: str, written: Path) -> Path:
-    return written / name if name in ("nf4", "int8") else DATA / name
+    return DATA / name if (DATA / name).exists() else written / name
+
+
+def load(folder: Path, form: str | None, read: str, communicator: Communicator) -> str:
+    """A digest of all weights of this rank, in memory as kernels find them."""
+    source = Folder(folder, read)
+    model = read_config(source.open())
+    source.bind(model, model.program(Share(communicator.rank, communicator.size)), form, None)
+    cpus = sorted(os.sched_getaffinity(0))[:1]
+    team = Team(cpus, pinned=False, crowded=True)
+    try:
+        weights, arena = source.load(communicator, team, cpus, Silent())
+    finally:
+        team.close()
+        source.close()
+    digest = hashlib.sha256(np.asarray(arena))
+    for weight in weights.values():
+        if isinstance(weight, Packed):
+            tables = [table for table in weight.keep if isinstance(table, np.ndarray)]
+            digest.update(weight.segment[[R.S_ROWS, R.S_COLUMNS, R.S_OFFSET, R.S_FIRST_BLOCK]])
+        else:
+            tables = [weight.values if isinstance(weight, Vector) else weight.rows]
+        for table in tables:
+            digest.update(np.ascontiguousarray(table).view(np.uint8))
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("yuan-tiny", None), ("yuan-tiny", "nf4"), ("llama-tiny", "int8"), ("stories260k", "nf4"),
+        ("stories260k", "bf16"), ("nf4", None), ("int8", None), ("nested", None), ("single", None),
+    ],
+)  # fmt: skip
+def test_weights_are_the_same_read_either_way(
+    communicator: Communicator, written: Path, name: str, form: str | None
+) -> None:
+    folder = folder_of(name, written)
+    assert load(folder, form, "shared", communicator) == load(folder, form, "local", communicator)
+
+
+def test_each_byte_is_read_once_in_long_pieces(communicator: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel counts what a process reads, all its threads together."""
+
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    def preadv(number: int, buffers: list[memoryview], offset: int) -> int:
+        count = read(number, buffers, offset)
+        pieces.append(count)
+        return count
+
+    folder, pieces, read = DATA / "llama-tiny", list[int](), os.preadv
+    load(folder, "nf4", "shared", communicator)  # kernels are read too, the first time
+    monkeypatch.setattr(os, "preadv", preadv)
+    begin = read_bytes()
+    load(folder, "nf4", "shared", communicator)
+    ours = read_bytes() - begin
+    stored = sum(values.nbytes for values in load_file(folder / "model.safetensors").values())
+    assert stored <= sum(communicator.all_gather_object(ours)) <= 1.05 * stored
+    assert sum(pieces) <= ours
+    assert min(pieces, default=LEAST_BYTES) >= LEAST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("nf4", "model.layers.2.self_attn.o_proj.weight"), ("float32", "model.norm.weight")]
+)
+def test_what_no_weight_can_be_is_refused_on_all_ranks(communicator: Communicator, form: str, name: str) -> None:
+    """It may be one rank alone that sees it; the others must not wait for that one."""
+    folder = Path(tempfile.mkdtemp(prefix="tpcpu-test-"))
+    try:
+        shutil.copytree(DATA / "stories260k", folder / "copy")
+        tensors = load_file(folder / "copy" / "model.safetensors")
+        tensors[name].reshape(-1)[-1] = np.nan
+        save_file(tensors, folder / "copy" / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"tensor {name} holds NaN or infinity"):
+            load(folder / "copy", form, "shared", communicator)
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_regions_are_those_of_the_mapped_file_and_read_once(
-    communicator: Communicator, written: Path, name: str
-) -> None:
+def test_regions_are_those_of_the_mapped_file(communicator: Communicator, written: Path, name: str) -> None:
     with Checkpoint.open(folder_of(name, written)) as checkpoint:
         wanted = declared(checkpoint, communicator)
         shared = Shared(checkpoint, communicator, wanted, os.sched_getaffinity(0))
-        mapped = Mapped(checkpoint, communicator, communicator.rank)
+        mapped = Mapped(checkpoint, communicator)
         for part in wanted:
             seen = []
             ours = shared.fetch(part, lambda rows, values, seen=seen: seen.append((rows, values.copy())))  # type: ignore[misc]
@@ -84,11 +176,9 @@ def test_regions_are_those_of_the_mapped_file_and_read_once(
             # together the ranks see every row once
             assert sum(len(rows) for _, rows in shared.seen(part)) == part.rows
         assert shared.close() is None
-        stored = sum(part.nbytes for part in wanted)
-        assert stored <= sum(communicator.all_gather_object(shared.nbytes)) <= 1.05 * stored
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", ["llama-tiny", *STORED])
 def test_extents_are_long_and_lie_apart(communicator: Communicator, written: Path, name: str) -> None:
     with Checkpoint.open(folder_of(name, written)) as checkpoint:
         plan = Plan(declared(checkpoint, communicator), checkpoint.place, communicator.size)

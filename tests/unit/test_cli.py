@@ -192,6 +192,7 @@ def test_model_flags_have_the_defaults_of_the_documentation():
         "kv_cache": None,
         "all_reduce": "window",
         "wire": "float32",
+        "read": None,
         "fault_timeout": 10.0,
         "json": False,
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcpu.checkpoint import Checkpoint
+from tpcpu.checkpoint.marks import samples
 from tpcpu.engine.engine import Options
 from tpcpu.sampling import SamplingParams
 
@@ -19,7 +20,7 @@ _TEXT_FILES = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_SAMPLES = 64
 """Of each weights file: reading all of it would take as long as loading does."""
 
 
@@ -51,10 +52,8 @@ def model_digest(folder: Path, weights: Iterable[Path]) -> str:
     for path in weights:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            for i in range(_SAMPLES):
-                file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+        for sample in samples(path, _SAMPLES):
+            digest.update(sample)
     return digest.hexdigest()
 
 

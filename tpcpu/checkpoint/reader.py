@@ -20,8 +20,6 @@ class RunReader:
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._lock = Lock()
-        self.nbytes = 0
-        """Bytes that were read."""
 
     def read(self, file: Path, offset: int, out: npt.NDArray[np.uint8]) -> None:
         """Fill `out` with what lies at `offset`. Raises CheckpointError naming the file where that cannot be read."""
@@ -35,9 +33,6 @@ class RunReader:
                 done += count
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-        finally:
-            with self._lock:
-                self.nbytes += done
 
     def close(self) -> None:
         """Close the files."""

@@ -147,8 +147,7 @@ def _options(args: argparse.Namespace, context: int | None) -> "Options":
     chosen = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     return Options(
         args.format, args.lm_head, args.exact, context, args.threads, kv_cache=args.kv_cache, speculate=args.speculate,
-        wire=args.wire,
-        **chosen,
+        wire=args.wire, read=args.read, **chosen,
     )  # fmt: skip
 
 

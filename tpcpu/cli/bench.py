@@ -145,7 +145,7 @@ def _measure(args: argparse.Namespace) -> int:
         chosen.setdefault("cache_tokens", max(args.batch * needed, args.context or 0))
     options = Options(
         args.format, args.lm_head, args.exact, args.context, args.threads, kv_cache=args.kv_cache, wire=args.wire,
-        exchange=not args.no_exchange and args.as_rank is None,
+        read=args.read, exchange=not args.no_exchange and args.as_rank is None,
         share=Share(*args.as_rank) if args.as_rank is not None else None,
         max_batch=max(args.batch, DEFAULT_MAX_BATCH), **chosen,
     )  # fmt: skip

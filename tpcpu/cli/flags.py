@@ -16,6 +16,7 @@ HEAD_FORMATS = ("int8", "bf16", "nf4")
 KV_CACHES = ("float32", "bf16", "int8")
 ALL_REDUCES = ("window", "mpi")
 WIRES = ("float32", "bf16")
+READS = ("shared", "local")
 
 
 def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> None:
@@ -77,6 +78,11 @@ def model_flags(parser: argparse.ArgumentParser, *, measured: bool = False) -> N
     run.add_argument(
         "--wire", choices=WIRES, default="float32", help="what sums travel as between hosts (default: float32)"
     )
+    run.add_argument(
+        "--read", choices=READS,
+        help="shared: the hosts see one folder, read once by all ranks together; local: each host reads its own copy "
+        "(default: found out)",
+    )  # fmt: skip
     run.add_argument(
         "--fault-timeout", type=seconds, default=10.0, metavar="SECONDS",
         help="in which a lost or stopped rank becomes an error (default: 10)",

@@ -24,7 +24,7 @@ def load(args: argparse.Namespace, output: Output) -> "LLM":
         return LLM(
             args.model, args.ranks, args.format, args.lm_head, args.exact, args.context,
             threads=args.threads, kv_cache=args.kv_cache, all_reduce=args.all_reduce, wire=args.wire,
-            fault_timeout=args.fault_timeout, progress=progress, **chosen,
+            read=args.read, fault_timeout=args.fault_timeout, progress=progress, **chosen,
         )  # fmt: skip
 
 

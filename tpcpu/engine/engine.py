@@ -71,6 +71,8 @@ class Options:
     """Tokens that are drafted at a time, at most."""
     wire: Wire = "float32"
     """What sums over hosts travel as."""
+    read: str | None = None
+    """shared: the hosts see one folder and read it together; local: each host has its own. None: found out."""
     fault_timeout: float = DEFAULT_FAULT_TIMEOUT
     """Seconds in which a lost or stopped rank becomes an error; for whoever connects the ranks."""
     exchange: bool = True
@@ -103,7 +105,7 @@ class Engine:
         """
         self.communicator = communicator
         self.progress = progress if progress is not None and communicator.is_root else Silent()
-        self.source: Source = Folder(source) if isinstance(source, (str, Path)) else source
+        self.source: Source = Folder(source, options.read) if isinstance(source, (str, Path)) else source
         self.share = options.share or Share(communicator.rank, communicator.size)
         self.team: Team | None = None
         error: Exception | None = None

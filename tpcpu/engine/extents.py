@@ -88,11 +88,6 @@ class Plan:
         """The rows of a part, in order."""
         return self._of[part.name]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all ranks read together."""
-        return sum(extent.nbytes for extent in self.extents)
-
     def _append(self, extent: Extent, part: Part, rows: Range, at: int = 0) -> None:
         segment = Segment(part, rows, extent, at)
         extent.segments.append(segment)

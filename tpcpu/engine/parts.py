@@ -1,10 +1,10 @@
-"""Which parts of a checkpoint the weights of a job are made of, and which region of each every rank needs.
+"""Which parts of a checkpoint the weights of a job are made of, and which region of each the ranks need.
 
 Knows how formats divide a weight into stored tensors. The rows and columns of a weight that a rank needs are the
 model's to say; here they are only counted in the items of each part. Reads no values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,37 @@ class Part:
     def need(self, rank: int) -> Region:
         return self.needs.get(rank, NOTHING)
 
+    def need_bytes(self, rank: int) -> int:
+        need = self.need(rank)
+        return len(need.rows) * len(need.columns) * self.dtype.itemsize
 
-def parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoint) -> dict[str, Part]:
+
+Needed = tuple[Binding, dict[str, Part]]
+"""A weight and its parts."""
+
+
+def needed(
+    bindings: Sequence[Binding], weights: Mapping[int, Iterable[Weight]], checkpoint: Checkpoint
+) -> list[Needed]:
+    """The bindings of a rank with their parts, each part once; `weights`: as the ranks that are known declare them.
+
+    An embedding that is the head too has none: it is read as the head.
+    """
+    tables = {rank: {(each.name, each.kind): each for each in declared} for rank, declared in weights.items()}
+    heads = {binding.weight.name for binding in bindings if binding.weight.kind is Kind.HEAD}
+    found: list[Needed] = []
+    for binding in bindings:
+        name, kind = binding.weight.name, binding.weight.kind
+        of_ranks = {rank: table[name, kind] for rank, table in tables.items()}
+        is_tied = kind is Kind.EMBEDDING and name in heads
+        found.append((binding, {} if is_tied else _parts(binding, of_ranks, checkpoint)))
+    return found
+
+
+def _parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoint) -> dict[str, Part]:
     """The stored tensors of a weight, by what follows its name ("" for the values themselves), in the order of use.
 
-    `weights`: the weight as each rank declares it. Tables of a few values that binding has looked at are no parts.
+    `weights`: the weight as each rank declares it. Small tables that binding has looked at are no parts.
     """
     name, rows, columns = binding.weight.name, binding.weight.full_rows, binding.weight.full_columns
 
@@ -74,9 +100,7 @@ def parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoin
         return lambda weight: Region(weight.rows, Range(weight.columns.start // unit, weight.columns.stop // unit))
 
     def whole(suffix: str, dtype: Any, count: int) -> tuple[str, Part]:
-        return part(
-            suffix, dtype, count, 1, lambda weight: Region(Range(0, count), Range(0, 1)) if weight.size else NOTHING
-        )
+        return part(suffix, dtype, count, 1, lambda _: Region(Range(0, count), Range(0, 1)))
 
     def groups(weight: Weight) -> Region:
         """The group scales of the blocks of a rank's rows."""
@@ -85,28 +109,25 @@ def parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoin
     if binding.weight.kind is Kind.EMBEDDING:
         # Rows are looked up later, where they lie; until then nobody needs any.
         return dict([part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, lambda _: NOTHING)])
-    if binding.stored == "nf4" and binding.held == "nf4" and _is_in_rows(binding):
-        codes = part("", np.uint8, rows, columns // 2, by(2))
-        if not binding.nested:
-            return dict([codes, part(".absmax", np.float32, rows, columns // BLOCK, by(BLOCK))])
-        return dict([
-            codes,
-            part(".absmax", np.uint8, rows, columns // BLOCK, by(BLOCK)),
-            part(".nested_absmax", np.float32, -(-rows * (columns // BLOCK) // GROUP), 1, groups),
-            whole(".nested_quant_map", np.float32, 256),
-        ])  # fmt: skip
     if binding.stored == "nf4":
-        # Blocks cross rows, or hold several times 64: everyone needs all of it.
         assert binding.state is not None
         blocks = binding.state.blocks
-        flat = [whole("", np.uint8, -(-rows * columns // 2))]
-        flat.append(whole(".absmax", np.uint8 if binding.nested else np.float32, blocks))
+        scales_dtype = np.uint8 if binding.nested else np.float32
+        if binding.held == "nf4":
+            found = [part("", np.uint8, rows, columns // 2, by(2))]
+        else:
+            # Blocks cross rows: everyone needs all of it.
+            found = [whole("", np.uint8, -(-rows * columns // 2))]
+        if binding.held == "nf4" and binding.state.block == BLOCK:
+            found.append(part(".absmax", scales_dtype, rows, columns // BLOCK, by(BLOCK)))
+            of_groups = part(".nested_absmax", np.float32, -(-blocks // GROUP), 1, groups)
+        else:
+            # Larger blocks may cross rows where those of 64, in which they are held, do not.
+            found.append(whole(".absmax", scales_dtype, blocks))
+            of_groups = whole(".nested_absmax", np.float32, -(-blocks // GROUP))
         if binding.nested:
-            flat += [
-                whole(".nested_absmax", np.float32, -(-blocks // GROUP)),
-                whole(".nested_quant_map", np.float32, 256),
-            ]
-        return dict(flat)
+            found += [of_groups, whole(".nested_quant_map", np.float32, 256)]
+        return dict(found)
     if binding.stored == "int8":
         scales = int8.scale_name("")
         return dict([
@@ -114,8 +135,3 @@ def parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoin
             part(scales, np.float32, rows, columns // BLOCK, by(BLOCK)),
         ])  # fmt: skip
     return dict([part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, by(1))])
-
-
-def _is_in_rows(binding: Binding) -> bool:
-    """Whether scales of a 4-bit weight are stored row by row, one for each 64."""
-    return binding.state is not None and binding.state.block == BLOCK

@@ -9,13 +9,15 @@ from typing import Any, Protocol
 
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.engine.binding import Binding, bind
+from tpcpu.engine.copies import check_read, is_read_together
 from tpcpu.engine.loader import Loader
+from tpcpu.engine.parts import needed
 from tpcpu.engine.progress import Progress
 from tpcpu.models import Model
 from tpcpu.parallel.communicator import Communicator
 from tpcpu.parallel.numa import Arena
 from tpcpu.parallel.team import Team
-from tpcpu.program.operations import Program
+from tpcpu.program.operations import Program, Weight
 from tpcpu.program.products import Weights
 
 
@@ -46,27 +48,38 @@ class Source(Protocol):
 class Folder:
     """A checkpoint on disk."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._path = path
+    def __init__(self, path: str | Path, read: str | None = None) -> None:
+        """`read`: shared, where the hosts of a job see one folder, or local, where each has its own; else found out."""
+        self._path, self._read = path, read
         self._bindings: list[Binding] = []
+        self._weights: tuple[Weight, ...] = ()
         self.checkpoint: Checkpoint | None = None
         self.loaded_bytes = self.packed_bytes = 0
 
     def open(self) -> dict[str, Any]:
+        check_read(self._read)
         self.checkpoint = Checkpoint.open(self._path)
+        # Binding looks at a few values here and there. What lies around them may be for others to read.
+        self.checkpoint.expect_scattered_reads(True)
         return self.checkpoint.config
 
     def bind(self, model: Model, program: Program, format: str | None, lm_head: str | None) -> None:  # noqa: A002
         assert self.checkpoint is not None
         self._bindings = bind(self.checkpoint, model, program, format, lm_head)
         self.packed_bytes = sum(binding.packed_bytes for binding in self._bindings)
+        self._weights = program.weights
 
     def load(
         self, communicator: Communicator, team: Team, cpus: Sequence[int], progress: Progress
     ) -> tuple[Weights, Arena]:
         assert self.checkpoint is not None
-        loader = Loader(self.checkpoint, communicator, team, cpus, progress)
-        loaded = loader.load(self._bindings)
+        together = is_read_together(self.checkpoint, communicator, self._read)
+        weights = {communicator.rank: self._weights}
+        if together:
+            # What a rank reads is for all of them: it has to know what each needs.
+            weights = dict(enumerate(communicator.all_gather_object(self._weights)))
+        loader = Loader(self.checkpoint, communicator, team, cpus, progress, together)
+        loaded = loader.load(needed(self._bindings, weights, self.checkpoint))
         self.loaded_bytes = loader.nbytes
         return loaded
 

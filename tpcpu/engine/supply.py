@@ -66,9 +66,8 @@ class Supply(ABC):
 class Mapped(Supply):
     """From this host's files."""
 
-    def __init__(self, checkpoint: Checkpoint, communicator: Communicator, rank: int) -> None:
-        """`rank`: the one that regions are meant for."""
-        self._checkpoint, self._communicator, self._rank = checkpoint, communicator, rank
+    def __init__(self, checkpoint: Checkpoint, communicator: Communicator) -> None:
+        self._checkpoint, self._communicator = checkpoint, communicator
         checkpoint.expect_scattered_reads(False)
 
     def fetch(self, part: Part, look: Look | None = None) -> NDArray[Any]:
@@ -76,7 +75,7 @@ class Mapped(Supply):
         if look is not None and whole.size:
             rows = Share(self._communicator.rank, self._communicator.size).split(part.rows)
             look(rows, whole[rows.start : rows.stop])
-        need = part.need(self._rank)
+        need = part.need(self._communicator.rank)
         return whole[need.rows.start : need.rows.stop, need.columns.start : need.columns.stop]
 
     def seen(self, part: Part) -> list[tuple[int, Range]]:
@@ -112,16 +111,6 @@ class Shared(Supply):
         self._error: CheckpointError | None = None
         self._pool = ThreadPoolExecutor(_READERS, initializer=os.sched_setaffinity, initargs=(0, set(cpus)))
         self._read_ahead()
-
-    @property
-    def job_bytes(self) -> int:
-        """Bytes that all ranks read together."""
-        return self._plan.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that this rank has read."""
-        return self._reader.nbytes
 
     def fetch(self, part: Part, look: Look | None = None) -> NDArray[Any]:
         need = part.need(self._communicator.rank)
