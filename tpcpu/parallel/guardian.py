@@ -96,7 +96,10 @@ class Guardian:
         self._leaving = False
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(f"\0{name}")
-        hello = {"rank": watched.rank, "pid": os.getpid(), "segments": list(segments)}
+        hello = {
+            "rank": watched.rank, "pid": os.getpid(), "segments": list(segments),
+            "session": os.environ.get("PMIX_SERVER_TMPDIR", ""),
+        }  # fmt: skip
         pidfd = os.pidfd_open(os.getpid())
         try:
             socket.send_fds(self._connection, [json.dumps(hello).encode()], [self.pulse.descriptor, pidfd])

@@ -52,6 +52,8 @@ class Mpi(Communicator):
         if parent_name() != "slurmstepd":  # which sees to its tasks itself
             die_with_parent()
         if not MPI.Is_initialized():
+            # Of Open MPI's ways to make windows one complains where its network is missing; ours are of one host.
+            os.environ.setdefault("OMPI_MCA_osc", "^ucx")
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
         if MPI.COMM_WORLD.size == 1 and (announcement.size or 1) > 1:
             raise LaunchError(strangers(announcement))

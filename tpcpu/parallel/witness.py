@@ -67,6 +67,7 @@ class Witness:
         hosts = [Neighbour(*each) for each in config["others"]]
         self._neighbours = Neighbours(self._host, config["secret"], others, hosts, self._selector, self._hear)
         self._hydra: set[Path] = set()
+        self._sessions: set[Path] = set()
 
     def run(self) -> None:
         """Until all ranks have left or there was a fault."""
@@ -113,6 +114,7 @@ class Witness:
             memory=processes.Memory(pid),
         )  # fmt: skip
         self._ranks[number] = rank
+        self._sessions.add(Path(hello["session"]))
         self._watch(rank)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._listen(rank, connection))
         for launcher, name in processes.launchers(pid).items():
@@ -267,10 +269,13 @@ class Witness:
         return fault.text.replace(f"{process.title} died", f"{process.title} {told}", 1)
 
     def _weight(self, fault: _Fault) -> tuple[bool, float]:
-        """What came first; but a launcher that ends by itself does so over the end of another process."""
+        """What came first; but a launcher that ends by itself does so over the end of another process.
+
+        Or by SIGPIPE: Intel MPI's proxy ends so, and at times before its mpiexec, whose end it is over, has ended.
+        """
         is_launcher = fault.process is not None and not isinstance(fault.process, Rank) and not fault.process.alive
         code = self._ending(fault.process) if is_launcher and fault.process is not None else None
-        return is_launcher and (code is None or code >= 0), fault.time
+        return is_launcher and (code is None or code >= 0 or -code == signal.SIGPIPE), fault.time
 
     def _ending(self, process: Process) -> int | None:
         """How it ended, which is known once its parent has collected it."""
@@ -291,10 +296,15 @@ class Witness:
             return
         for path in self._hydra:
             path.unlink(missing_ok=True)
-        folder = Path(os.environ.get("TMPDIR", ""))
-        if folder.name.startswith("tpcpu-") and any("keeper" in each.title for each in dead):
+        for each in dead:
+            # Open MPI's launchers put their number into the name of the folder that they share with their ranks.
+            for folder in self._sessions:
+                if folder.name.endswith(f".{each.pid}"):
+                    shutil.rmtree(folder, ignore_errors=True)
+        temporary = Path(os.environ.get("TMPDIR", ""))
+        if temporary.name.startswith("tpcpu-") and any("keeper" in each.title for each in dead):
             time.sleep(_MOMENT)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main() -> NoReturn:
