@@ -63,7 +63,7 @@ def bed(tmp_path_factory) -> Iterator[Hosts]:
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-@pytest.mark.parametrize("ranks", cells([(1, 2, 1)], [(2, 1)], MORE), ids=lambda ranks: "+".join(map(str, ranks)))
+@pytest.mark.parametrize("ranks", cells([(2, 1)], [(1, 2, 1)], MORE), ids=lambda ranks: "+".join(map(str, ranks)))
 def test_several_hosts(bed, tmp_path, ranks):
     """So many ranks on each of two or three hosts that share no memory."""
     model = "yuan-tiny" if len(ranks) == 2 else "llama-tiny"
