@@ -1,4 +1,4 @@
-"""Folders of fp8 weights: quantised from as the bfloat16 weights that transformers makes of them."""
+"""Folders of fp8 weights: served, and quantised from, as the bfloat16 weights that transformers makes of them."""
 
 import json
 import shutil
@@ -7,11 +7,14 @@ import warnings
 import numpy as np
 import pytest
 
+from tests.models.test_compiled import running
 from tests.models.tiny import DATA
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.cli.description import describe
+from tpcpu.engine.engine import Engine, Options
 from tpcpu.errors import CheckpointError
 from tpcpu.formats import int8, nf4
+from tpcpu.parallel.communicator import Solo
 from tpcpu.quantize import quantize
 
 torch = pytest.importorskip("torch")
@@ -81,6 +84,22 @@ def test_quantised_anew(tmp_path, section, form):
                 assert np.array_equal(written.array(part), expected), part
 
 
+IDS = [1, 17, 300, 45, 9, 201, 77, 5, 123, 88, 400, 31]
+
+
+@pytest.mark.parametrize("form", [None, "nf4", "int8", "float32"])
+@pytest.mark.parametrize("section", [BLOCK, CHANNEL], ids=["block", "channel"])
+def test_served_as_the_bfloat16_weights_that_they_stand_for(tmp_path, section, form):
+    """In every bit, also where they are quantised while loading."""
+    write(tmp_path / "fp8", section)
+    quantize(tmp_path / "fp8", tmp_path / "bf16", "bf16")
+    logits = []
+    for folder in (tmp_path / "fp8", tmp_path / "bf16"):
+        with running(folder, format=form, exact=True) as runner:
+            logits.append(runner.logits(IDS, wanted=list(range(len(IDS)))))
+    assert np.array_equal(*(each.view(np.uint32) for each in logits))
+
+
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -101,6 +120,8 @@ def test_what_is_wrong_is_named(tmp_path, change, message):
     write(tmp_path / "fp8", BLOCK, change)
     with pytest.raises(CheckpointError, match=message):
         quantize(tmp_path / "fp8", tmp_path / "nf4", "nf4")
+    with pytest.raises(CheckpointError, match=f"{UP}|stranger"):
+        Engine(tmp_path / "fp8", Solo(), Options(exact=True))
 
 
 @pytest.mark.parametrize("section", [BLOCK, CHANNEL], ids=["block", "channel"])
@@ -113,6 +134,4 @@ def test_inspect(tmp_path, section):
     assert found.parameters_by_format["fp8"] == sum(
         values.numel() for name, values in stored.items() if name[-12:] == "_proj.weight"
     )
-    assert found.unsupported == [
-        "fp8 weights are not served as they are: tpcpu quantize makes NF4, int8 or bf16 of them"
-    ]
+    assert not found.unsupported

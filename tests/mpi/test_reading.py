@@ -22,7 +22,7 @@ from tpcpu.engine.progress import Silent
 from tpcpu.engine.source import Folder
 from tpcpu.engine.supply import Mapped, Shared
 from tpcpu.errors import CheckpointError
-from tpcpu.formats import nf4
+from tpcpu.formats import fp8, nf4
 from tpcpu.kernels import record as R
 from tpcpu.models import read_config
 from tpcpu.parallel.communicator import Communicator
@@ -47,6 +47,7 @@ def written(communicator: Communicator) -> Iterator[Path]:
             quantize(DATA / "yuan-tiny", folder / form, form)
         for form in ("nested", "single"):
             write_flat_nf4(folder / form, nested=form == "nested")
+        write_fp8(folder / "fp8")
     communicator.barrier()
     yield folder
     communicator.barrier()
@@ -64,6 +65,22 @@ def write_flat_nf4(folder: Path, nested: bool) -> None:
         else:
             tensors[name] = values
     save_file(tensors, folder / "model.safetensors")
+
+
+def write_fp8(folder: Path) -> None:
+    """llama-tiny in fp8, with a scale for each block of 128 x 128; and `folder-bf16`, what that stands for."""
+    for each in (folder, folder.with_name(f"{folder.name}-bf16")):
+        shutil.copytree(DATA / "llama-tiny", each)
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    plain = dict(tensors)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        rows, columns = tensors[name].shape
+        scales = np.random.default_rng(rows).uniform(1e-4, 4e-4, (-(-rows // 128), -(-columns // 128)))
+        values = (tensors[name].astype(np.float32) * 2000).clip(-448, 448).astype(fp8.E4M3)
+        tensors |= {name: values, f"{name}_scale_inv": scales.astype(np.float32)}
+        plain[name] = fp8.dequantize(values, scales.astype(np.float32), fp8.USUAL_BLOCK)
+    save_file(tensors, folder / "model.safetensors")
+    save_file(plain, folder.with_name(f"{folder.name}-bf16") / "model.safetensors")
 
 
 def declared(checkpoint: Checkpoint, communicator: Communicator) -> list[Part]:
@@ -115,6 +132,14 @@ def test_weights_are_the_same_read_either_way(
 ) -> None:
     folder = folder_of(name, written)
     assert load(folder, form, "shared", communicator) == load(folder, form, "local", communicator)
+
+
+@pytest.mark.parametrize("form", [None, "nf4", "int8"])
+@pytest.mark.parametrize("read", ["shared", "local"])
+def test_fp8_is_what_it_stands_for(communicator: Communicator, written: Path, read: str, form: str | None) -> None:
+    """Also in regions that begin and end inside the blocks of its scales."""
+    expected = load(written / "fp8-bf16", form, "local", communicator)
+    assert load(written / "fp8", form, read, communicator) == expected
 
 
 def test_each_byte_is_read_once_in_long_pieces(communicator: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,14 +100,15 @@ def _logical_tensors(checkpoint: Checkpoint) -> dict[str, _Logical]:
 
 def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], found: Description) -> None:
     method = _quantization(checkpoint.config)
-    through_quantize = "GGUF files" if checkpoint.path.suffix == ".gguf" else None
-    if any(tensor.format == "fp8" for tensor in logical.values()):
-        through_quantize = "fp8 weights"
-    if through_quantize is not None:
-        found.unsupported.append(
-            f"{through_quantize} are not served as they are: tpcpu quantize makes NF4, int8 or bf16 of them"
-        )
-    elif method not in (None, "bitsandbytes", int8.QUANTIZATION_CONFIG["quant_method"]):
+    is_gguf = checkpoint.path.suffix == ".gguf"
+    if is_gguf:
+        found.unsupported.append("GGUF files are not served: tpcpu quantize makes NF4, int8 or bf16 of them")
+    is_fp8 = any(tensor.format == "fp8" for tensor in logical.values())
+    if not (is_fp8 and method in fp8.METHODS) and method not in (
+        None,
+        "bitsandbytes",
+        int8.QUANTIZATION_CONFIG["quant_method"],
+    ):
         found.unsupported.append(
             f"quantised with {method}: only bitsandbytes' 4 bits and {int8.QUANTIZATION_CONFIG} are read"
         )
@@ -128,9 +129,9 @@ def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], fo
                 f"tensor {weight.name} has the shape {list(tensor.shape)},"
                 f" by config.json it is {list(weight.full_shape)}"
             )
-        elif through_quantize is not None:
+        elif is_gguf:
             continue
-        elif tensor.format not in _FLOATS.values() and not tensor.format.startswith(_QUANTISED):
+        elif tensor.format not in (*_FLOATS.values(), "fp8") and not tensor.format.startswith(_QUANTISED):
             found.unsupported.append(f"tensor {weight.name} is stored as {tensor.format}, which is not supported")
         elif weight.kind.multiplies and quantized and tensor.format in _FLOATS.values():
             found.not_quantized[weight.name] = (

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpcpu.checkpoint import Checkpoint
+from tpcpu.checkpoint.header import NUMPY_DTYPES
 from tpcpu.errors import CheckpointError, UsageError
-from tpcpu.formats import int8, nf4
+from tpcpu.formats import floats, fp8, int8, nf4
 from tpcpu.formats.floats import FLOATS
 from tpcpu.kernels import record as R
 from tpcpu.models import Model
@@ -35,13 +36,15 @@ _TENSOR_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "float32"}
 class Binding:
     """One weight: how it is stored, and the format it will be held in.
 
-    `nf4` stands for all 4-bit tensors of bitsandbytes, FP4 among them: `state` says which this is.
+    `nf4` stands for all 4-bit tensors of bitsandbytes, FP4 among them: `state` says which this is. A tensor in fp8 is
+    one in `bf16` here, and `scaled` says how.
     """
 
     weight: Weight
     stored: str
     held: str
     state: nf4.State | None = None
+    scaled: fp8.Layout | None = None
 
     @property
     def nested(self) -> bool:
@@ -113,7 +116,7 @@ def _binding(
     if held in ("nf4", "int8") and (weight.full_columns % BLOCK or (state is not None and state.block % BLOCK)):
         # Blocks of 64 would cross rows, or are not there: held in the floats that it is made of.
         held = stored if state is None else _TENSOR_DTYPES[state.dtype]
-    return Binding(weight, stored, held, state)
+    return Binding(weight, stored, held, state, _scaled(checkpoint, weight))
 
 
 def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | None]:
@@ -126,16 +129,15 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | No
         nf4.from_tensors(name, checkpoint.array, checkpoint.tensors)
         state = nf4.read_state(name, checkpoint.array, checkpoint.tensors)
         form, shape = "nf4", state.shape
+    elif tensor.dtype == "F8_E4M3" and weight.kind not in (Kind.VECTOR, Kind.EMBEDDING):
+        form = "bf16"  # that is what it stands for; see `formats.fp8`
     elif int8.is_stored(name, checkpoint.tensors):
         form = "int8"
         int8.from_tensors(name, checkpoint.array, checkpoint.tensors)
-    if tensor.dtype == "F8_E4M3":
-        raise CheckpointError(
-            f"{tensor.file}: tensor {name} is fp8, which is not served as it is; tpcpu quantize makes NF4 of the folder"
-        )
     if not form:
         raise CheckpointError(
-            f"{tensor.file}: tensor {name} is {tensor.dtype}; expected one of {', '.join(STORED)}, NF4, FP4 or int8"
+            f"{tensor.file}: tensor {name} is {tensor.dtype}; "
+            f"expected one of {', '.join(STORED)}, NF4, FP4, fp8 or int8"
         )
     if shape != weight.full_shape:
         raise CheckpointError(
@@ -145,8 +147,23 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | No
     return form, state
 
 
+def _scaled(checkpoint: Checkpoint, weight: Weight) -> fp8.Layout | None:
+    """Where the scales of a tensor in fp8 are, all finite; None of others."""
+    tensor = checkpoint[weight.name]
+    if tensor.dtype != "F8_E4M3":
+        return None
+    layout = fp8.layout(
+        weight.name, tensor.shape, lambda name: checkpoint[name].shape, checkpoint.tensors,
+        fp8.block_of(checkpoint.config),
+    )  # fmt: skip
+    if NUMPY_DTYPES[checkpoint[layout.scales].dtype] not in floats.FLOATS.values():
+        fp8.read_scales(layout, checkpoint.array)  # says what is wrong
+    return layout
+
+
 def _nothing_left_over(checkpoint: Checkpoint, model: Model, declared: set[str]) -> None:
     parts = {part for name in declared for part in (*nf4.part_names(name), int8.scale_name(name))}
+    parts |= {part for name in declared if checkpoint[name].dtype == "F8_E4M3" for part in fp8.part_names(name)}
     unknown = [
         name
         for name in checkpoint.tensors

@@ -4,6 +4,7 @@ Knows how formats divide a weight into stored tensors. The rows and columns of a
 model's to say; here they are only counted in the items of each part. Reads no values.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from tpcpu.engine.binding import Binding
 from tpcpu.formats import int8
 from tpcpu.parallel.partition import Range
 from tpcpu.program.operations import BLOCK, Kind, Weight
+
+SCALES = "scales"
+"""What follows the name of a tensor in fp8, of its scales, whatever they are called in the checkpoint."""
 
 GROUP = 256
 """Blocks whose scales share a scale of their own."""
@@ -91,16 +95,18 @@ def _parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoi
     """
     name, rows, columns = binding.weight.name, binding.weight.full_rows, binding.weight.full_columns
 
-    def part(suffix: str, dtype: Any, rows: int, columns: int, need: Callable[[Weight], Region]) -> tuple[str, Part]:
+    def part(
+        suffix: str, dtype: Any, rows: int, columns: int, need: Callable[[Weight], Region], full_name: str = ""
+    ) -> tuple[str, Part]:
         needs = {rank: need(weight) for rank, weight in weights.items()}
-        return suffix, Part(f"{name}{suffix}", np.dtype(dtype), rows, columns, needs)
+        return suffix, Part(full_name or f"{name}{suffix}", np.dtype(dtype), rows, columns, needs)
 
     def by(unit: int) -> Callable[[Weight], Region]:
         """A rank's rows and columns, these counted in units of so many."""
         return lambda weight: Region(weight.rows, Range(weight.columns.start // unit, weight.columns.stop // unit))
 
-    def whole(suffix: str, dtype: Any, count: int) -> tuple[str, Part]:
-        return part(suffix, dtype, count, 1, lambda _: Region(Range(0, count), Range(0, 1)))
+    def whole(suffix: str, dtype: Any, count: int, full_name: str = "") -> tuple[str, Part]:
+        return part(suffix, dtype, count, 1, lambda _: Region(Range(0, count), Range(0, 1)), full_name)
 
     def groups(weight: Weight) -> Region:
         """The group scales of the blocks of a rank's rows."""
@@ -134,4 +140,9 @@ def _parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoi
             part("", np.int8, rows, columns, by(1)),
             part(scales, np.float32, rows, columns // BLOCK, by(BLOCK)),
         ])  # fmt: skip
-    return dict([part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, by(1))])
+    values = part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, by(1))
+    if binding.scaled is None:
+        return dict([values])
+    of = binding.scaled
+    # Blocks may reach beyond a rank's region, and are few.
+    return dict([whole(SCALES, NUMPY_DTYPES[checkpoint[of.scales].dtype], math.prod(of.shape), of.scales), values])

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.engine.binding import Binding, float_dtype
-from tpcpu.engine.parts import GROUP, Part
+from tpcpu.engine.parts import GROUP, SCALES, Part
 from tpcpu.engine.supply import Supply
 from tpcpu.errors import CheckpointError
-from tpcpu.formats import floats, int8, nf4
+from tpcpu.formats import floats, fp8, int8, nf4
 from tpcpu.formats.tables import DYNAMIC_MAP, NEAREST_CODE
 from tpcpu.kernels import quantize as kernels
 from tpcpu.kernels import record as R
@@ -32,6 +32,9 @@ _PIECE_BYTES = 1 << 20
 """Source bytes that a thread converts at a time; their pages are given back afterwards."""
 
 _KERNEL_DTYPES = {floats.BFLOAT16: kernels.BF16, floats.FLOAT16: kernels.F16, floats.FLOAT32: kernels.F32}
+
+Decode = Callable[[NDArray[Any], int, int], NDArray[Any]]
+"""Makes floats of stored rows that begin at a row and a column of the tensor."""
 
 _NONE = np.zeros(0, np.float32)
 
@@ -53,9 +56,10 @@ class Slicer:
         Raises CheckpointError for values that no weight can have, on this rank alone, when all that is collective is
         done.
         """
+        decode = self._decoder(binding, parts)
         if binding.held == "nf4" and binding.stored != "nf4":
-            return self._new_nf4(binding, parts[""])
-        stored = {suffix: self._supply.fetch(part) for suffix, part in parts.items()}
+            return self._new_nf4(binding, parts[""], decode)
+        stored = {suffix: self._supply.fetch(part) for suffix, part in parts.items() if suffix != SCALES}
         mapped = self._supply.is_mapped(parts[""])
         if binding.stored == "nf4":
             if binding.held == "nf4":
@@ -66,8 +70,31 @@ class Slicer:
             self._refuse_not_finite(parts[scale].name, stored[scale])
             return Source(R.INT8, stored[""], stored[scale], mapped=mapped)
         if binding.held == "int8":
-            return self._new_int8(binding, parts[""], stored[""])
+            return self._new_int8(binding, parts[""], stored[""], decode)
+        if binding.scaled is not None:
+            return self._floats(binding, self._decoded(binding, stored[""], decode), False)
         return self._floats(binding, stored[""], mapped)
+
+    def _decoder(self, binding: Binding, parts: Mapping[str, Part]) -> Decode:
+        """What makes floats of rows as they are stored, given where they begin."""
+        layout = binding.scaled
+        if layout is None:
+            return lambda values, *_: values
+        # One that is not finite makes values that are not.
+        scales = floats.to_float32(np.ascontiguousarray(self._supply.fetch(parts[SCALES]))).reshape(layout.shape)
+        return lambda values, row, column: fp8.dequantize(values, scales, layout.block, row, column)
+
+    def _decoded(self, binding: Binding, local: NDArray[Any], decode: Decode) -> NDArray[Any]:
+        """This rank's region, decoded by all threads."""
+        rows, columns = binding.weight.rows, binding.weight.columns
+        out = np.empty(local.shape, floats.BFLOAT16)
+
+        def work(first: int, last: int) -> None:
+            out[first:last] = decode(local[first:last], rows.start + first, columns.start)
+
+        if local.size:
+            self._in_pieces(local, work)
+        return out
 
     def vector(self, binding: Binding, parts: Mapping[str, Part]) -> NDArray[np.float32]:
         """This rank's values of a vector, (rows,) float32. Raises CheckpointError as `source` does."""
@@ -132,13 +159,13 @@ class Slicer:
 
     # Quantising while loading
 
-    def _new_nf4(self, binding: Binding, part: Part) -> Source:
+    def _new_nf4(self, binding: Binding, part: Part, decode: Decode) -> Source:
         weight = binding.weight
         blocks = part.columns // BLOCK
         maxima = np.zeros((part.rows, blocks), np.float32)
 
         def look(rows: Range, values: NDArray[Any]) -> None:
-            self._maxima(part, rows.start, values, maxima[rows.start : rows.stop])
+            self._maxima(part, rows.start, 0, values, maxima[rows.start : rows.stop], decode)
 
         local = self._supply.fetch(part, look)
         self._spread(part, maxima)
@@ -156,9 +183,10 @@ class Slicer:
         codes = np.empty((len(local), len(weight.columns) // 2), np.uint8)
 
         def work(first: int, last: int) -> None:
+            piece = decode(local[first:last], weight.rows.start + first, weight.columns.start)
             kernels.nf4_codes(
-                _KERNEL_DTYPES[local.dtype], local[first:].ctypes.data, last - first, local_maxima.shape[1],
-                local.strides[0], local_maxima[first:].ctypes.data, 4 * blocks,
+                _KERNEL_DTYPES[piece.dtype], piece.ctypes.data, last - first, local_maxima.shape[1],
+                piece.strides[0], local_maxima[first:].ctypes.data, 4 * blocks,
                 codes[first:].ctypes.data, codes.strides[0],
             )  # fmt: skip
             self._release(part, weight.rows.start + first, last - first)
@@ -171,18 +199,20 @@ class Slicer:
             R.NF4, codes, scales.reshape(part.rows, blocks)[rows, columns], kept, used.start, DYNAMIC_MAP, float(offset)
         )
 
-    def _new_int8(self, binding: Binding, part: Part, local: NDArray[Any]) -> Source:
+    def _new_int8(self, binding: Binding, part: Part, local: NDArray[Any], decode: Decode) -> Source:
+        weight = binding.weight
         maxima = np.empty((len(local), local.shape[1] // BLOCK), np.float32)
-        self._maxima(part, binding.weight.rows.start, local, maxima)
+        self._maxima(part, weight.rows.start, weight.columns.start, local, maxima, decode)
         if not np.isfinite(maxima).all():
             raise self._not_finite(binding.weight.name)
         values = np.empty(local.shape, np.int8)
         scales = np.empty_like(maxima)
 
         def work(first: int, last: int) -> None:
+            piece = decode(local[first:last], weight.rows.start + first, weight.columns.start)
             kernels.int8_values(
-                _KERNEL_DTYPES[local.dtype], local[first:].ctypes.data, last - first, maxima.shape[1],
-                local.strides[0], maxima[first:].ctypes.data, maxima.strides[0],
+                _KERNEL_DTYPES[piece.dtype], piece.ctypes.data, last - first, maxima.shape[1],
+                piece.strides[0], maxima[first:].ctypes.data, maxima.strides[0],
                 values[first:].ctypes.data, values.strides[0], scales[first:].ctypes.data, scales.strides[0],
             )  # fmt: skip
             self._release(part, binding.weight.rows.start + first, last - first)
@@ -191,22 +221,24 @@ class Slicer:
             self._in_pieces(local, work)
         return Source(R.INT8, values, scales)
 
-    def _maxima(self, part: Part, start: int, values: NDArray[Any], out: NDArray[np.float32]) -> None:
-        """Block maxima, `out` (rows, blocks), of values from the row `start` of a part on.
+    def _maxima(
+        self, part: Part, row: int, column: int, values: NDArray[Any], out: NDArray[np.float32], decode: Decode
+    ) -> None:
+        """Block maxima, `out` (rows, blocks), of values from a row and a column of a part on.
 
         NaN where a block holds anything that is not finite.
         """
         blocks = out.shape[1]
 
         def work(first: int, last: int) -> None:
-            piece = values[first:last]
+            piece = decode(values[first:last], row + first, column)
             bad = kernels.block_maxima(
-                _KERNEL_DTYPES[values.dtype], piece.ctypes.data, last - first, blocks, values.strides[0],
+                _KERNEL_DTYPES[piece.dtype], piece.ctypes.data, last - first, blocks, piece.strides[0],
                 out[first:].ctypes.data, out.strides[0],
             )  # fmt: skip
             if bad >= 0:
                 out[first + bad // blocks, bad % blocks] = np.nan
-            self._release(part, start + first, last - first)
+            self._release(part, row + first, last - first)
 
         if values.size:
             self._in_pieces(values, work)
