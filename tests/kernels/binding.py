@@ -23,7 +23,7 @@ from tpcpu.program.batch import Batch
 from tpcpu.program.builder import Builder
 from tpcpu.program.compiled import Compiled
 from tpcpu.program.kv_format import KV_FORMATS
-from tpcpu.program.operations import BLOCK, Buffer, Kind, Program, Weight
+from tpcpu.program.operations import BLOCK, Buffer, Key, Kind, Program, Weight
 from tpcpu.program.reference import MatrixValues, Reference
 from tpcpu.program.weights import Packed, Packer, Source, Table, Vector, packed_bytes, packing_kernels, padded
 
@@ -151,7 +151,7 @@ class Bound:
         self.arena = arena(sum(sizes))
         prepare(packing_kernels(FORMS[tensors[weight.name].form] for weight in packed))
         packer = Packer(team, self.arena)
-        self.weights: dict[tuple[str, Kind], Packed | Table | Vector] = {}
+        self.weights: dict[Key, Packed | Table | Vector] = {}
         for weight in program.weights:
             held = tensors[weight.name]
             if weight.kind is Kind.EMBEDDING:
@@ -160,7 +160,7 @@ class Bound:
                 value = padded(floats.to_float32(held.stored)[weight.rows.start : weight.rows.stop])
             else:
                 value = packer.pack(weight, held.source(weight))
-            self.weights[weight.name, weight.kind] = value
+            self.weights[weight.key] = value
         held = KV_FORMATS[kv or ("float32" if exact else "bf16")]
         self.cache = Cache(program, context=context, page_tokens=page_tokens, sequences=sequences, kv=held)
         self.sequences = [self.cache.begin() for _ in range(sequences)]

@@ -8,13 +8,14 @@ from tests.kernels.binding import (
     TOLERANCES,
     Bound,
     FakeModel,
+    Held,
     assert_close,
     expected,
     reference,
     same_bits,
 )
 from tpcpu.parallel.partition import Range
-from tpcpu.program.operations import Kind
+from tpcpu.program.operations import Activation, Kind
 
 COUNTS = (1, 2, 7, 64)
 WIDTHS = (1, 8, 17, 63, 64, 100, 256, 1000)
@@ -41,6 +42,18 @@ def test_embed(teams, form, width):
     edges = np.array([0, -0.0, 6e-8, -5.9e-5, 6.1e-5, 65504, -65504, 1 / 3], np.float32)
     values.reshape(-1)[: len(edges)] = edges[: values.size]
     assert (check(model, model.result(model.inputs(values, form)), teams, 0)[0] == model_row(model)).all()
+
+
+@pytest.mark.parametrize("form", FLOATS)
+def test_a_scaled_embedding_and_capped_logits(teams, form):
+    """The head is the identity: logits near zero, within the cap, and far beyond it."""
+    model, width = FakeModel(), 100
+    model.tensors["table.weight"] = Held.of(
+        model.normal(64, width) * np.float32(10) ** np.arange(-2, 2).repeat(25), form
+    )
+    model.tensors["identity.weight"] = Held.of(np.eye(width, dtype=np.float32), "float32")
+    model.logits(model.embed("table", 64, width, 7.5), "identity", width, cap=30.0)
+    check(model, model.finish(), teams, TOLERANCES["gate"])
 
 
 def model_row(model):
@@ -83,13 +96,14 @@ def test_add_norm_and_product(teams, width, exact):
     check(model, model.result(model.add(total, z)), teams, tolerance, exact=exact)
 
 
+@pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("features", [Range(0, 64), Range(0, 172), Range(70, 150), Range(65, 66), Range(190, 200)])
-def test_glu(teams, features):
+def test_glu(teams, features, activation):
     """A share's features lie anywhere in the blocks that cover them; what is beside them stays zero."""
     model = FakeModel()
     width = len(features)
     x, y = (model.inputs(model.normal(64, width) * np.float32(4)) for _ in range(2))
-    g = model.glu(x, y, features, 200)
+    g = model.glu(x, y, features, 200, activation)
     result = check(model, model.result(g), teams, TOLERANCES["gate"])
     assert not np.delete(result, np.s_[g.own.start : g.own.stop], axis=1).any()
 

@@ -10,12 +10,15 @@ from tpcpu.kernels.attention_pieces import BLOCK_ROWS, part_bytes
 from tpcpu.parallel.partition import Range
 from tpcpu.program.binder import FEW_TOKENS
 from tpcpu.program.kv_format import KV_FORMATS
-from tpcpu.program.operations import Heads, Rope
+from tpcpu.program.operations import Heads
+from tpcpu.program.rope import DynamicScaling, Rope
 
 VOCAB = 300
 
 
-def fake(dim, heads, kv_of, *, stacked=False, local=None, full=None, window=0, seed=0):
+def fake(
+    dim, heads, kv_of, *, stacked=False, local=None, full=None, window=0, seed=0, rope=None, norms=False, **scores
+):  # fmt: skip
     """Attention of `heads` over `max(kv_of) + 1` key/value heads; `stacked`: q and k alternate in one buffer."""
     model = FakeModel(seed)
     kv_heads = max(kv_of) + 1
@@ -26,9 +29,12 @@ def fake(dim, heads, kv_of, *, stacked=False, local=None, full=None, window=0, s
         q = Heads(model.inputs(model.normal(VOCAB, heads * dim)), heads, dim, 0, dim)
         k = Heads(model.inputs(model.normal(VOCAB, kv_heads * dim)), kv_heads, dim, 0, dim)
     v = Heads(model.inputs(model.normal(VOCAB, kv_heads * dim)), kv_heads, dim, 0, dim)
-    rotated = model.rope_and_store(q, k, v, Rope(10000.0, dim))
+    weights = [model.vector(f"{name}_norm.weight", dim) for name in "qk" if norms]
+    for weight in weights:
+        model.hold((weight, None), "float32", 1 + model.normal(dim) / 4)
+    rotated = model.rope_and_store(q, k, v, rope or Rope(10000.0, dim), weights, 1e-6)
     local = local or Range(0, heads)
-    return model, model.result(model.attention(rotated, local, full or heads, kv_of, dim**-0.5, window))
+    return model, model.result(model.attention(rotated, local, full or heads, kv_of, dim**-0.5, window, **scores))
 
 
 def check(model, program, teams, steps, *, cache, tolerance=None, **settings):
@@ -71,6 +77,32 @@ def test_large_heads(teams, cache):
 @each_cache
 def test_heads_of_queries_and_keys_alternate(teams, cache):
     check(*fake(32, 3, (0, 1, 2), stacked=True), teams, [[(range(30), 0, 0)], [([3], 30, 0)]], cache=cache)
+
+
+VARIANTS = {
+    "norms": {"norms": True},
+    "a part is rotated": {"rope": Rope(10000.0, 24)},
+    "neighbours are rotated": {"rope": Rope(10000.0, 16, interleaved=True), "norms": True},
+    "nothing is rotated": {"rope": Rope(10000.0, 0), "slopes": (0.5, 0.25, 0.0)},
+    "a longer base behind some position": {"rope": Rope(10000.0, 40, DynamicScaling(4.0, 100), 1.25)},
+    "scores are capped": {"cap": 2.0},
+    "all at once": {"rope": Rope(500.0, 32), "norms": True, "cap": 3.0, "slopes": (1.0, 0.01, 2.0), "window": 30},
+}
+
+
+@each_cache
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_variants(teams, variant, cache):
+    """One token, few and many, over two pieces of the cache, in heads that are no whole registers."""
+    model, program = fake(40, 3, (0, 1, 1), **variant)
+    steps = [
+        [([3], 0, 0)],
+        [(range(7), 1, 0)],
+        [(range(250), 8, 0)],
+        [([9], 258, 0)],
+        [(range(5), 259, 0), ([4], 0, 1)],
+    ]
+    check(model, program, teams, steps, cache=cache, context=300)
 
 
 def test_heads_of_a_share_lie_inside_their_blocks(teams):

@@ -10,7 +10,8 @@ import pytest
 from tests.kernels.binding import FORMS, Bound, FakeModel, same_bits
 from tpcpu.parallel.partition import Range
 from tpcpu.program.kv_format import KV_FORMATS
-from tpcpu.program.operations import Heads, Kind, Rope
+from tpcpu.program.operations import Heads, Kind
+from tpcpu.program.rope import Rope
 
 VOCAB, HIDDEN, FEATURES, LENGTH = 90, 192, 320, 780
 ARITHMETICS = [(form, exact) for form in FORMS for exact in (False, True)]

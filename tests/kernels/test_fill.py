@@ -84,7 +84,7 @@ def test_a_product_with_a_random_weight_keeps_the_size_of_its_input(teams, form,
         packed = Packer(team, arena(nbytes)).fill(weight, Noise(form, 1 / math.sqrt(2048), 9))
         assert nbytes - 128 < packed.nbytes <= 1.01 * nbytes
         (table,) = (each for each in program.weights if each.kind is Kind.EMBEDDING)
-        weights = {(weight.name, weight.kind): packed, (table.name, table.kind): Table(x, R.FLOAT32)}
+        weights = {weight.key: packed, table.key: Table(x, R.FLOAT32)}
         cache = Cache(program, context=16, page_tokens=16, sequences=1, kv=KV_FORMATS["bf16"])
         compiled = Compiled(program, weights, cache.memory, team, tokens=3, wanted=3, all_reduce=AllReduce("local"))
         batch = Batch.build([(range(3), 0, cache.begin().state, [0])], range(3), candidates=0, vocabulary=400)

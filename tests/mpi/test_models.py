@@ -22,7 +22,7 @@ from tpcpu.engine.local import Local
 from tpcpu.errors import CheckpointError, PromptError, UsageError
 from tpcpu.parallel.communicator import Communicator, Solo, connect
 from tpcpu.program.batch import Batch
-from tpcpu.program.operations import Kind, RmsNorm, Weight
+from tpcpu.program.operations import Key, RmsNorm, Weight
 from tpcpu.program.weights import PANEL_ROWS, Packed, packed_bytes
 from tpcpu.quantize import quantize
 from tpcpu.text import load_tokenizer
@@ -160,9 +160,9 @@ def packed(engine: Engine) -> list[Packed]:
     return [weight for weight in engine.weights.values() if isinstance(weight, Packed)]
 
 
-def held(engine: Engine) -> list[dict[tuple[str, Kind], tuple[Weight, int]]]:
+def held(engine: Engine) -> list[dict[Key, tuple[Weight, int]]]:
     """For every rank, each packed weight with its bytes."""
-    mine = {(each.weight.name, each.weight.kind): (each.weight, each.nbytes) for each in packed(engine)}
+    mine = {each.weight.key: (each.weight, each.nbytes) for each in packed(engine)}
     return engine.communicator.all_gather_object(mine)
 
 

@@ -45,7 +45,7 @@ def read_or_refuse(config, size):
                 assert program.endswith("ranks work")
             else:
                 assert len(program.operations) == len(program.layer_of)
-                assert len({(weight.name, weight.kind) for weight in program.weights}) == len(program.weights)
+                assert len({weight.key for weight in program.weights}) == len(program.weights)
 
 
 @given(st.dictionaries(keys, json_values, max_size=12) | json_values)

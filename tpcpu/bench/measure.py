@@ -283,7 +283,7 @@ class _Measurement:
             kind = class_of(stage, kernel)
             if kind in ("linear", "conv") and id(stage) not in seen:
                 seen.add(id(stage))
-                held = [engine.weights.get((w.name, w.kind)) for op in stage.operations for w in weights(op)]
+                held = [engine.weights.get(w.key) for op in stage.operations for w in weights(op)]
                 found[number] = sum(token_bytes(each) for each in held if isinstance(each, Packed))
             for op in stage.operations:
                 if isinstance(op, Attention) and id(stage) not in seen:

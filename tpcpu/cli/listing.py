@@ -100,6 +100,8 @@ def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, 
         held = [(segment.weight, segment.bias) for segment in operation.segments if segment.weight.size]
         if not held:
             return [first._replace(part="nothing on this rank")]
+    elif isinstance(operation, RopeAndStore):
+        held = [(norm, None) for norm in weights(operation)]
     else:
         read = weights(operation)
         held = [(read[0], read[1] if len(read) > 1 else None)] if read else []
@@ -139,7 +141,10 @@ def _note(operation: Operation, one: cost.Cost, program: Program) -> str:
         case AllReduce(x=x):
             return f"gives {x.width} float32, {size(one.message_bytes)}"
         case RopeAndStore(q=q, k=k, rope=rope):
-            return f"{q.count} q, {k.count} kv heads of {k.dim}, theta {rope.theta:g}; writes {size(one.cache_bytes)}"
+            turned = f"theta {rope.theta:g}" if rope.dim else "not turned"
+            if rope.scaling is not None:
+                turned += f" {type(rope.scaling).__name__.removesuffix('Scaling').lower()}"
+            return f"{q.count} q, {k.count} kv heads of {k.dim}, {turned}; writes {size(one.cache_bytes)}"
         case Attention():
             kv = program.kv[operation.layer]
             read = size(one.cache_bytes_per_position)

@@ -116,6 +116,11 @@ def _binding(
     if held in ("nf4", "int8") and (weight.full_columns % BLOCK or (state is not None and state.block % BLOCK)):
         # Blocks of 64 would cross rows, or are not there: held in the floats that it is made of.
         held = stored if state is None else _TENSOR_DTYPES[state.dtype]
+    if weight.unit_rows and held == "nf4":
+        raise UsageError("--lm-head nf4: this model's head is divided row by row by its length; int8 and bf16 work")
+    if weight.unit_rows and held != "int8":
+        # What they are divided by leaves no short floats.
+        held = "float32"
     return Binding(weight, stored, held, state, _scaled(checkpoint, weight))
 
 
@@ -138,6 +143,11 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | No
         raise CheckpointError(
             f"{tensor.file}: tensor {name} is {tensor.dtype}; "
             f"expected one of {', '.join(STORED)}, NF4, FP4, fp8 or int8"
+        )
+    if weight.unit_rows and form not in STORED.values():
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name} is stored as {form}, but its rows are divided by their lengths as they are "
+            f"loaded; expected one of {', '.join(STORED.values())}"
         )
     if shape != weight.full_shape:
         raise CheckpointError(

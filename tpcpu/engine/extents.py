@@ -61,7 +61,8 @@ class Plan:
     def __init__(self, parts: Sequence[Part], place: Place, size: int) -> None:
         """`parts` in the order in which they will be used, each once."""
         self.extents: list[Extent] = []
-        self._of: dict[str, list[Segment]] = {part.name: [] for part in parts}
+        # By identity: several weights may be parts of one tensor.
+        self._of: dict[int, list[Segment]] = {id(part): [] for part in parts}
         placed: list[tuple[Path, int, Part]] = []
         for part in parts:
             where = place(part.name) if part.nbytes else None
@@ -79,20 +80,20 @@ class Plan:
         self._end(run)
         # All ranks go through the parts together. As they read in turn, all of them read all the time.
         for part in parts:
-            for segment in self._of[part.name]:
+            for segment in self._of[id(part)]:
                 if segment.extent.reader < 0:
                     segment.extent.reader = len(self.extents) % size
                     self.extents.append(segment.extent)
 
     def segments(self, part: Part) -> list[Segment]:
         """The rows of a part, in order."""
-        return self._of[part.name]
+        return self._of[id(part)]
 
     def _append(self, extent: Extent, part: Part, rows: Range, at: int = 0) -> None:
         segment = Segment(part, rows, extent, at)
         extent.segments.append(segment)
         extent.nbytes = at + segment.nbytes
-        self._of[part.name].append(segment)
+        self._of[id(part)].append(segment)
 
     def _cut(self, run: list[Extent], part: Part, offset: int) -> None:
         """Adds a part that begins at or soon behind the end of a run, to its last extent and to new ones."""

@@ -21,7 +21,8 @@ from tpcpu.parallel.communicator import Communicator
 from tpcpu.parallel.numa import Arena, arena
 from tpcpu.parallel.team import Team
 from tpcpu.program.cost import FLOAT_BYTES, Storage
-from tpcpu.program.operations import Kind, Program, RmsNorm, Weight
+from tpcpu.program.operations import Key, Kind, Program, RmsNorm, RopeAndStore, Weight
+from tpcpu.program.operations import weights as read_by
 from tpcpu.program.products import Weights
 from tpcpu.program.weights import Draw, Noise, Packed, Packer, Table, Vector, packed_bytes, padded
 
@@ -37,7 +38,7 @@ class FakeWeights:
         self._config = config
         self._storage = Storage()
         self._program: Program | None = None
-        self._sizes: dict[tuple[str, Kind], int] = {}
+        self._sizes: dict[Key, int] = {}
         self.loaded_bytes = self.packed_bytes = 0
 
     def open(self) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class FakeWeights:
         self._storage = Storage(matrices=matrices, head=lm_head or (matrices if matrices in FLOAT_BYTES else "int8"))
         self._program = program
         self._sizes = {
-            (weight.name, weight.kind): packed_bytes(len(weight.rows), len(weight.columns), self._form(weight))
+            weight.key: packed_bytes(len(weight.rows), len(weight.columns), self._form(weight))
             for weight in program.weights
             if weight.kind not in (Kind.VECTOR, Kind.EMBEDDING)
         }
@@ -71,13 +72,15 @@ class FakeWeights:
         program = self._program
         assert program is not None
         prepare([fill.fill_bytes, fill.fill_float32, fill.fill_bf16], progress.say)
-        norms = {op.weight.name for op in program.operations if isinstance(op, RmsNorm)}
+        norms = {
+            each.name for op in program.operations if isinstance(op, RmsNorm | RopeAndStore) for each in read_by(op)
+        }
         memory = arena(self.packed_bytes)
         packer = Packer(team, memory)
-        weights: dict[tuple[str, Kind], Packed | Table | Vector] = {}
+        weights: dict[Key, Packed | Table | Vector] = {}
         total = self.packed_bytes + sum(map(_table_bytes, program.weights))
         for number, weight in enumerate(program.weights):
-            key = weight.name, weight.kind
+            key = weight.key
             seed = (communicator.rank << 40) + (number << 34)
             match weight.kind:
                 case Kind.VECTOR:

@@ -19,7 +19,7 @@ from tpcpu.kernels.compile import prepare
 from tpcpu.parallel.communicator import Communicator
 from tpcpu.parallel.numa import Arena, arena
 from tpcpu.parallel.team import Team
-from tpcpu.program.operations import Kind, Weight
+from tpcpu.program.operations import Key, Kind, Weight
 from tpcpu.program.products import Weights
 from tpcpu.program.weights import Packed, Packer, Table, Vector, packing_kernels, padded
 
@@ -53,7 +53,7 @@ class Loader:
         prepare(packing_kernels(binding.form for binding in packed), self._progress.say)
         memory = arena(sum(binding.packed_bytes for binding in packed))
         packer = Packer(self._team, memory)
-        weights: dict[tuple[str, Kind], Packed | Table | Vector] = {}
+        weights: dict[Key, Packed | Table | Vector] = {}
         total = sum(self._own_bytes(each) for each in needed)
         done, error = 0, None
         began = time.perf_counter()
@@ -68,7 +68,7 @@ class Loader:
                 for each in needed:
                     weight = each[0].weight
                     try:
-                        weights[weight.name, weight.kind] = self._bind(each, slicer, packer)
+                        weights[weight.key] = self._bind(each, slicer, packer)
                     except CheckpointError as problem:
                         # The others go on to their next exchange: this rank has to be there.
                         error = error or problem

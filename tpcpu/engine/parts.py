@@ -77,12 +77,12 @@ def needed(
 
     An embedding that is the head too has none: it is read as the head.
     """
-    tables = {rank: {(each.name, each.kind): each for each in declared} for rank, declared in weights.items()}
+    tables = {rank: {each.key: each for each in declared} for rank, declared in weights.items()}
     heads = {binding.weight.name for binding in bindings if binding.weight.kind is Kind.HEAD}
     found: list[Needed] = []
     for binding in bindings:
         name, kind = binding.weight.name, binding.weight.kind
-        of_ranks = {rank: table[name, kind] for rank, table in tables.items()}
+        of_ranks = {rank: table[binding.weight.key] for rank, table in tables.items()}
         is_tied = kind is Kind.EMBEDDING and name in heads
         found.append((binding, {} if is_tied else _parts(binding, of_ranks, checkpoint)))
     return found

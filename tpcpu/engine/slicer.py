@@ -31,6 +31,9 @@ from tpcpu.program.weights import Source
 _PIECE_BYTES = 1 << 20
 """Source bytes that a thread converts at a time; their pages are given back afterwards."""
 
+_ROWS_AT_ONCE = 1024
+"""Rows that are converted to float32 together."""
+
 _KERNEL_DTYPES = {floats.BFLOAT16: kernels.BF16, floats.FLOAT16: kernels.F16, floats.FLOAT32: kernels.F32}
 
 Decode = Callable[[NDArray[Any], int, int], NDArray[Any]]
@@ -61,6 +64,8 @@ class Slicer:
             return self._new_nf4(binding, parts[""], decode)
         stored = {suffix: self._supply.fetch(part) for suffix, part in parts.items() if suffix != SCALES}
         mapped = self._supply.is_mapped(parts[""])
+        if binding.weight.unit_rows:
+            stored[""], mapped = _unit_rows(stored[""]), False
         if binding.stored == "nf4":
             if binding.held == "nf4":
                 return self._stored_nf4(binding, stored, mapped)
@@ -101,7 +106,7 @@ class Slicer:
         values = floats.to_float32(self._supply.fetch(parts[""]).reshape(-1))
         if not np.isfinite(values).all():
             raise self._not_finite(binding.weight.name)
-        return values
+        return values + np.float32(binding.weight.plus)
 
     def check(self, part: Part) -> None:
         """The ranks look through a tensor together that none of them needs now. Raises as `source` does."""
@@ -292,3 +297,13 @@ class Slicer:
         step = max(1, _PIECE_BYTES // (values.shape[1] * values.itemsize))
         pieces = [(first, min(first + step, rows)) for first in range(0, rows, step)]
         return list(self._pool.map(lambda piece: work(*piece), pieces))
+
+
+def _unit_rows(local: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows divided by their lengths, float32."""
+    out = np.empty(local.shape, np.float32)
+    for first in range(0, len(local), _ROWS_AT_ONCE):
+        values = floats.to_float32(local[first : first + _ROWS_AT_ONCE])
+        lengths = np.sqrt(np.sum(np.square(values), axis=1, keepdims=True))
+        out[first : first + _ROWS_AT_ONCE] = values / np.maximum(lengths, np.float32(1e-12))
+    return out

@@ -86,30 +86,32 @@ def nothing(_record, _thread, _threads):
 
 @kernel("embed")
 def embed(record, thread, threads):
-    """out = the stored row of each token, as float32."""
+    """out = factor * the stored row of each token, as float32."""
     begin, end = _token_share(_tokens(record), thread, threads)
     first, last = feature_share(_tokens(record), word(record, R.WIDTH), thread, threads)
     ids = word(word(record, R.STEP), R.TOKEN_IDS)
     element = word(record, R.ELEMENT)
+    factor = float_bits(word(record, R.FACTOR))
+    scale = v.splat(factor)
     for token in range(begin, end):
         row = word(record, R.IN) + load_i32(ids + 4 * token) * word(record, R.IN_STRIDE)
         out = word(record, R.OUT) + token * word(record, R.OUT_STRIDE)
         whole = first + (last - first) // LANES * LANES
         for i in range(first, whole, LANES):
             if element == R.FLOAT32:
-                v.store(out + 4 * i, v.load(row + 4 * i))
+                v.store(out + 4 * i, v.mul(scale, v.load(row + 4 * i)))
             elif element == R.BF16:
-                v.store(out + 4 * i, v.load_bf16(row + 2 * i))
+                v.store(out + 4 * i, v.mul(scale, v.load_bf16(row + 2 * i)))
             else:
-                v.store(out + 4 * i, v.load_f16(row + 2 * i))
+                v.store(out + 4 * i, v.mul(scale, v.load_f16(row + 2 * i)))
         # One by one at the end of a row: behind the last row the file may end.
         for i in range(whole, last):
             if element == R.FLOAT32:
-                store_f32(out + 4 * i, load_f32(row + 4 * i))
+                store_f32(out + 4 * i, factor * load_f32(row + 4 * i))
             elif element == R.BF16:
-                store_f32(out + 4 * i, float_bits(load_u16(row + 2 * i) << 16))
+                store_f32(out + 4 * i, factor * float_bits(load_u16(row + 2 * i) << 16))
             else:
-                store_f32(out + 4 * i, half_to_float(load_u16(row + 2 * i)))
+                store_f32(out + 4 * i, factor * half_to_float(load_u16(row + 2 * i)))
 
 
 @kernel("select")
@@ -127,6 +129,20 @@ def select(record, thread, threads):
             v.store(out + 4 * k, v.load(source + 4 * k))
         if word(record, R.Q):
             round_to_int8(record, i, out, first, last)
+
+
+@kernel("soft-cap")
+def soft_cap(record, thread, threads):
+    """out = factor * tanh(out / factor), of the tokens whose logits are wanted."""
+    wanted, width = word(word(record, R.STEP), R.WANTED), word(record, R.WIDTH)
+    begin, end = _token_share(wanted, thread, threads)
+    first, last = feature_share(wanted, width, thread, threads)
+    factor = float_bits(word(record, R.FACTOR))
+    height, inverse = v.splat(factor), v.splat(float32(1.0) / factor)
+    for i in range(begin, end):
+        out = word(record, R.OUT) + i * word(record, R.OUT_STRIDE)
+        for k in range(first, last, LANES):
+            v.store(out + 4 * k, v.mul(height, v.tanh(v.mul(v.load(out + 4 * k), inverse))))
 
 
 @kernel("quantise-one")
@@ -241,19 +257,27 @@ def rms_norm_one(record, thread, threads):
 
 
 @helper
-def _gated(x, y, out, first, last):
-    """out = silu(x) * y for some features of a token."""
+def _gated(record, x, y, out, first, last):
+    """out = activation(x) * y for some features of a token."""
     one = v.splat(float32(1.0))
     zero = v.splat(float32(0.0))
+    if word(record, R.ACTIVATION) == R.SILU:
+        for i in range(first, last, LANES):
+            gate = v.load(x + 4 * i)
+            silu = v.div(gate, v.add(one, v.exp(v.sub(zero, gate))))
+            v.store(out + 4 * i, v.mul(silu, v.load(y + 4 * i)))
+        return
+    # GELU's tanh(u) is 2 sigmoid(2u) - 1: x * sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3).
     for i in range(first, last, LANES):
         gate = v.load(x + 4 * i)
-        silu = v.div(gate, v.add(one, v.exp(v.sub(zero, gate))))
-        v.store(out + 4 * i, v.mul(silu, v.load(y + 4 * i)))
+        cubic = v.fma(v.mul(gate, gate), v.splat(float32(0.044715)), one)
+        negative = v.mul(v.mul(gate, cubic), v.splat(float32(-1.5957691216057308)))
+        v.store(out + 4 * i, v.mul(v.div(gate, v.add(one, v.exp(negative))), v.load(y + 4 * i)))
 
 
 @kernel("glu")
 def glu(record, thread, threads):
-    """out = silu(x) * y. The features may lie anywhere inside the blocks of `out` that cover them.
+    """out = activation(x) * y. The features may lie anywhere inside the blocks of `out` that cover them.
 
     The result is rounded to int8 as well where asked, which its whole blocks allow.
     """
@@ -264,7 +288,7 @@ def glu(record, thread, threads):
         x = word(record, R.IN) + token * word(record, R.IN_STRIDE)
         y = word(record, R.SECOND) + token * word(record, R.SECOND_STRIDE)
         out = word(record, R.OUT) + token * word(record, R.OUT_STRIDE)
-        _gated(x, y, out, first, last)
+        _gated(record, x, y, out, first, last)
         if word(record, R.Q):
             round_to_int8(record, token, out, first, last)
 
@@ -273,7 +297,7 @@ def glu(record, thread, threads):
 def glu_one(record, thread, threads):
     """As `glu`, for one token: every thread has the whole result, rounded where asked, and writes its slice."""
     width, own = word(record, R.WIDTH), copy(record, thread)
-    _gated(word(record, R.IN), word(record, R.SECOND), own, 0, width)
+    _gated(record, word(record, R.IN), word(record, R.SECOND), own, 0, width)
     finish_copy(record, thread, width)
     _store_slice(record, own, thread, threads, width)
 

@@ -12,6 +12,7 @@ from tpcpu.kernels.attention_pieces import (
     BLOCK_ROWS,
     ENTRIES_AHEAD,
     add_rows,
+    adjust,
     clear,
     copy_part,
     finish,
@@ -46,10 +47,11 @@ def _heads(heads, form):
     """Makes the helper for so many query heads of a token over the piece whose tiles a table names."""
     score, add = score_rows(heads, form, False), add_rows(heads, form, False)
 
-    def attend(record, table, tiles, start, count, queries, parts, part_step):
+    def attend(record, table, tiles, start, count, slot, own, queries, parts, part_step):
         dim, weights = word(record, R.A_DIM), weights_of(table)
         score(record, table, tiles, queries)
         for g in range(heads):
+            adjust(record, weights + 4 * PIECE * g, slot + g, own, count)
             weigh(weights + 4 * PIECE * g, start, count, count, parts + part_step * g, dim)
         add(record, table, tiles, count, parts, part_step)
 
@@ -70,6 +72,7 @@ def _piece(form):
         dim, last = word(record, R.A_DIM), position(step, token)
         keys, store = word(record, R.A_KEYS), word(record, R.A_VALUES)
         begin = piece * PIECE
+        own = last - begin
         start, count = max(0, first_seen(record, last) - begin), min(last + 1, begin + PIECE) - begin
         tiles = (count + TILE - 1) // TILE
         table = table_of(record, thread)
@@ -87,13 +90,13 @@ def _piece(form):
         queries = queries_of(table) + 4 * row_floats_of(dim) * slot
         while slot < stop:
             if slot + 4 <= stop:
-                four(record, table, tiles, start, count, queries, parts, part_step)
+                four(record, table, tiles, start, count, slot, own, queries, parts, part_step)
                 done = 4
             elif slot + 2 <= stop:
-                two(record, table, tiles, start, count, queries, parts, part_step)
+                two(record, table, tiles, start, count, slot, own, queries, parts, part_step)
                 done = 2
             else:
-                one(record, table, tiles, start, count, queries, parts, part_step)
+                one(record, table, tiles, start, count, slot, own, queries, parts, part_step)
                 done = 1
             slot += done
             queries += 4 * row_floats_of(dim) * done
@@ -188,6 +191,8 @@ def _block_piece(form):
                 own = at + (row + g) // group
                 start, stop = max(0, first_seen(record, own) - begin), min(own + 1, begin + PIECE) - begin
                 if start < stop:
+                    slot = first + (row + g) % group
+                    adjust(record, weights + 4 * PIECE * g, slot, own - begin, stop)
                     weigh(weights + 4 * PIECE * g, start, stop, count, parts + row_bytes * g, dim)
                 else:
                     clear(weights + 4 * PIECE * g, 0, count)

@@ -111,6 +111,21 @@ def query_row(record, token, slot):
 
 
 @helper
+def adjust(record, scores, slot, own, count):
+    """Caps the scores of a row, and takes from each what its distance costs; `own`: the row's position in the piece."""
+    cap, slopes = float_bits(word(record, R.A_CAP)), word(record, R.A_SLOPES)
+    if cap:
+        height, inverse = v.splat(cap), v.splat(float32(1.0) / cap)
+        for i in range(0, count, LANES):
+            v.store(scores + 4 * i, v.mul(height, v.tanh(v.mul(v.load(scores + 4 * i), inverse))))
+    if slopes:
+        slope = v.splat(load_f32(slopes + 4 * (PIECE + head_of(record, slot))))
+        for i in range(0, count, LANES):
+            back = v.sub(v.splat(float32(own)), v.load(slopes + 4 * i))
+            v.store(scores + 4 * i, v.sub(v.load(scores + 4 * i), v.mul(slope, back)))
+
+
+@helper
 def _weight(scores, i, start, count, peak):
     """exp(score - peak) of the lanes from position i on, 0 before `start` and from `count` on."""
     weights = v.exp(v.sub(v.load(scores + 4 * i), v.splat(peak)))

@@ -11,7 +11,18 @@ from numpy import float32
 
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel, helper
-from tpcpu.kernels.memory import bits_of, load_f32, load_i32, load_i64, store_f32, store_i64, store_u8, store_u16
+from tpcpu.kernels.memory import (
+    bits_of,
+    float_bits,
+    load_f32,
+    load_i32,
+    load_i64,
+    square_root,
+    store_f32,
+    store_i64,
+    store_u8,
+    store_u16,
+)
 from tpcpu.kernels.record import BF16, FLOAT32, INT8
 from tpcpu.kernels.simd import vectors as v
 
@@ -80,34 +91,83 @@ def list_tiles(record, token, kv_head, first, count, start, table, form):
 
 
 @helper
-def _rotated(record, source, position, i):
-    """Dimensions i and i + dim / 2 of a head, rotated."""
-    half = word(record, R.A_DIM) // 2
+def _pair(record, i):
+    """The dimensions that are pair i."""
+    if word(record, R.A_INTERLEAVED):
+        return 2 * i, 2 * i + 1
+    return i, i + word(record, R.A_TURNED) // 2
+
+
+@helper
+def _norm_factor(record, source):
+    """1 / sqrt(mean(x^2) + eps) of a head."""
+    dim = word(record, R.A_DIM)
+    whole = dim // LANES * LANES
+    squares = v.splat(float32(0.0))
+    for i in range(0, whole, LANES):
+        x = v.load(source + 4 * i)
+        squares = v.fma(x, x, squares)
+    total = v.sum_lanes(squares)
+    for i in range(whole, dim):
+        total += load_f32(source + 4 * i) * load_f32(source + 4 * i)
+    return float32(1.0) / square_root(total / float32(dim) + float_bits(word(record, R.A_EPS)))
+
+
+@helper
+def _normed(source, i, norm, factor):
+    """Dimension i of a head, behind its norm where it has one."""
+    x = load_f32(source + 4 * i)
+    return load_f32(norm + 4 * i) * (x * factor) if norm else x
+
+
+@helper
+def _rotated(record, source, position, i, norm, factor):
+    """The dimensions of pair i of a head, rotated."""
+    half = word(record, R.A_TURNED) // 2
+    one, other = _pair(record, i)
     cosine = load_f32(word(record, R.A_COS) + 4 * (position * half + i))
     sine = load_f32(word(record, R.A_SIN) + 4 * (position * half + i))
-    low, high = load_f32(source + 4 * i), load_f32(source + 4 * (i + half))
+    low, high = _normed(source, one, norm, factor), _normed(source, other, norm, factor)
     return low * cosine - high * sine, high * cosine + low * sine
 
 
 @helper
+def _normalise(record, source, out):
+    """A query head behind its norm."""
+    dim, norm, factor = word(record, R.A_DIM), word(record, R.A_Q_NORM), _norm_factor(record, source)
+    whole = dim // LANES * LANES
+    for i in range(0, whole, LANES):
+        v.store(out + 4 * i, v.mul(v.load(norm + 4 * i), v.mul(v.load(source + 4 * i), v.splat(factor))))
+    for i in range(whole, dim):
+        store_f32(out + 4 * i, _normed(source, i, norm, factor))
+
+
+@helper
 def rotate(record, token, head, out):
-    """Rotates a query head of a token."""
+    """Rotates a query head of a token, behind its norm where it has one."""
     source = word(record, R.A_Q) + token * word(record, R.A_Q_STRIDE)
     source += word(record, R.A_Q_FIRST) + head * word(record, R.A_Q_STEP)
     at = position(word(record, R.STEP), token)
-    half = word(record, R.A_DIM) // 2
+    half = word(record, R.A_TURNED) // 2
+    if word(record, R.A_Q_NORM):
+        _normalise(record, source, out)
+        source = out
+    else:
+        for i in range(2 * half, word(record, R.A_DIM)):
+            store_f32(out + 4 * i, load_f32(source + 4 * i))
     cosines = word(record, R.A_COS) + 4 * at * half
     sines = word(record, R.A_SIN) + 4 * at * half
-    whole = half // LANES * LANES
+    whole = 0 if word(record, R.A_INTERLEAVED) else half // LANES * LANES
     for i in range(0, whole, LANES):
         cosine, sine = v.load(cosines + 4 * i), v.load(sines + 4 * i)
         low, high = v.load(source + 4 * i), v.load(source + 4 * (i + half))
         v.store(out + 4 * i, v.sub(v.mul(low, cosine), v.mul(high, sine)))
         v.store(out + 4 * (i + half), v.add(v.mul(high, cosine), v.mul(low, sine)))
     for i in range(whole, half):
-        x, y = _rotated(record, source, at, i)
-        store_f32(out + 4 * i, x)
-        store_f32(out + 4 * (i + half), y)
+        one, other = _pair(record, i)
+        x, y = _rotated(record, source, at, i, 0, float32(1.0))
+        store_f32(out + 4 * one, x)
+        store_f32(out + 4 * other, y)
 
 
 @helper
@@ -124,29 +184,39 @@ def _store_element(address, x, form):
 
 @helper
 def store_key(record, token, kv_head, form):
-    """Rotates a key of a token into the cache."""
-    size, dim = _size(form), word(record, R.A_DIM)
+    """Rotates a key of a token, behind its norm where it has one, into the cache."""
+    size, dim, turned = _size(form), word(record, R.A_DIM), word(record, R.A_TURNED)
     at = position(word(record, R.STEP), token)
     source = word(record, R.A_K) + token * word(record, R.A_K_STRIDE)
     source += word(record, R.A_K_FIRST) + kv_head * word(record, R.A_K_STEP)
+    norm = word(record, R.A_K_NORM)
+    factor = _norm_factor(record, source) if norm else float32(1.0)
     tile = _tile(record, token, kv_head, at, word(record, R.A_KEYS), form)
     steps = float32(1.0)
     if form == INT8:
         largest = float32(0.0)
-        for i in range(dim // 2):
-            low, high = _rotated(record, source, at, i)
+        for i in range(turned // 2):
+            low, high = _rotated(record, source, at, i, norm, factor)
             largest = max(largest, max(abs(low), abs(high)))
+        for i in range(turned, dim):
+            largest = max(largest, abs(_normed(source, i, norm, factor)))
         steps = float32(127.0) / largest if largest > _SMALLEST else float32(0.0)
         worth = largest / float32(127.0) if largest > _SMALLEST else float32(0.0)
         store_f32(tile + TILE * dim + 4 * (at % TILE), worth)
     out = tile + size * (at % TILE)
-    for i in range(dim // 2):
-        low, high = _rotated(record, source, at, i)
+    for i in range(turned // 2):
+        low, high = _rotated(record, source, at, i, norm, factor)
         if form == INT8:
             low *= steps
             high *= steps
-        _store_element(out + size * TILE * i, low, form)
-        _store_element(out + size * TILE * (i + dim // 2), high, form)
+        one, other = _pair(record, i)
+        _store_element(out + size * TILE * one, low, form)
+        _store_element(out + size * TILE * other, high, form)
+    for i in range(turned, dim):
+        x = _normed(source, i, norm, factor)
+        if form == INT8:
+            x *= steps
+        _store_element(out + size * TILE * i, x, form)
 
 
 @helper

@@ -61,7 +61,7 @@ BARRIER = 3
 STEP = 4
 """Address of the step."""
 OPERANDS = 5
-RECORD_WORDS = 40
+RECORD_WORDS = 48
 
 # Operands of the kernels that go through activations feature by feature. Strides are bytes from token to token.
 IN = 5
@@ -103,6 +103,11 @@ ROW_STRIDE = 28
 IN_ROW = 29
 """Where such copies of `IN` lie, or 0, with `IN_ROW_STRIDE`."""
 IN_ROW_STRIDE = 30
+FACTOR = 31
+"""Bits of a float32: what an embedding is multiplied by, or what logits are held below."""
+ACTIVATION = 32
+"""What a gate goes through: SILU or GELU_TANH."""
+SILU, GELU_TANH = 0, 1
 
 # Operands of an exchange.
 SEND = 5
@@ -166,7 +171,7 @@ A_DIM = 19
 A_OUT = 20
 A_OUT_STRIDE = 21
 A_COS = 22
-"""float32 (positions, dim / 2), then the sines."""
+"""float32 (positions, rotated dimensions / 2), then the sines."""
 A_SIN = 23
 A_KEYS = 24
 """Pages of keys: heads x tiles of 16 positions x dim x 16; of values: heads x tiles x 16 x dim. Of int8, each tile is
@@ -190,6 +195,19 @@ A_ROTATED = 33
 A_ROTATED_STRIDE = 34
 A_WINDOW = 35
 """How many positions a token sees, its own included; 0: all."""
+A_TURNED = 36
+"""Dimensions of a head that are rotated, the first ones,"""
+A_INTERLEAVED = 37
+"""1: in pairs of neighbours; 0: those of the first half with those of the second."""
+A_Q_NORM = 38
+"""float32 of the norm of each query head, or 0,"""
+A_K_NORM = 39
+"""and of each key head; with `A_EPS`, bits of a float32."""
+A_EPS = 40
+A_CAP = 41
+"""Bits of a float32 that scores are held below, or 0."""
+A_SLOPES = 42
+"""float32 numbers from 0 to 255, then what each query head's scores lose with every position back; 0: nothing."""
 
 # Operands of a linear.
 X = 5

@@ -20,6 +20,10 @@ class Range:
         """The same range counted in things of which `unit` make one of these."""
         return Range(self.start * unit, self.stop * unit)
 
+    def __add__(self, offset: int) -> "Range":
+        """The same range, moved up: where it lies behind `offset` others."""
+        return Range(self.start + offset, self.stop + offset)
+
     def cover(self, unit: int, limit: int) -> "Range":
         """The smallest range of whole units that holds this one, not past `limit`; empty stays empty."""
         if not len(self):

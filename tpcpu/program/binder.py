@@ -14,6 +14,7 @@ from tpcpu.program.lowering import Joining, Stage, stages
 from tpcpu.program.memory import Buffers, CacheMemory, Place, Records, last_uses, stride_bytes
 from tpcpu.program.operations import (
     PIECE,
+    Activation,
     Add,
     AllReduce,
     Attention,
@@ -26,7 +27,6 @@ from tpcpu.program.operations import (
     Operation,
     Program,
     RmsNorm,
-    Rope,
     RopeAndStore,
     ShortConv,
     inputs,
@@ -34,6 +34,7 @@ from tpcpu.program.operations import (
     weights,
 )
 from tpcpu.program.products import Bound, Input, Products, Weights
+from tpcpu.program.rope import Rope, tables
 from tpcpu.program.weights import Table, float_bits
 
 FEW_TOKENS = 8
@@ -132,11 +133,12 @@ class Binder:
                 raise AssertionError(stage)
 
     def _embed(self, op: Embed) -> None:
-        table = self._weights[op.weight.name, op.weight.kind]
+        table = self._weights[op.weight.key]
         assert isinstance(table, Table)
         rows = table.rows
         out = self.buffers.new(op.out)
         words = {R.IN: rows.ctypes.data, R.IN_STRIDE: rows.strides[0], R.ELEMENT: table.form}
+        words[R.FACTOR] = float_bits(op.scale)
         self.records.add(
             activations.embed, {**words, R.OUT: out.address, R.OUT_STRIDE: out.stride, R.WIDTH: op.out.width}
         )
@@ -172,6 +174,7 @@ class Binder:
         if rounded:
             words.update(self._products.round_to(op.out).words())
         words.update(self._products.copies(Glu, op.out.width))
+        words[R.ACTIVATION] = {Activation.SILU: R.SILU, Activation.GELU_TANH: R.GELU_TANH}[op.activation]
         one = activations.glu if op.out.own.start else activations.glu_one
         self.records.add([one, activations.glu, activations.glu], words)
 
@@ -255,6 +258,10 @@ class Binder:
             R.A_OUT: out.own, R.A_OUT_STRIDE: out.stride, R.A_GROUPS: self._groups(op, rotation.k.count),
             R.A_SCALE: float_bits(op.scale), R.A_PARTS: parts, R.A_PART_TOKENS: pieces,
             R.A_SCRATCH: room, R.A_SCRATCH_STRIDE: scratch, R.A_WINDOW: op.window,
+            R.A_TURNED: rotation.rope.dim, R.A_INTERLEAVED: int(rotation.rope.interleaved),
+            R.A_Q_NORM: self._products.vector(rotation.q_norm) if rotation.q_norm else 0,
+            R.A_K_NORM: self._products.vector(rotation.k_norm) if rotation.k_norm else 0,
+            R.A_EPS: float_bits(rotation.eps), R.A_CAP: float_bits(op.cap), R.A_SLOPES: self._slopes(op),
         }  # fmt: skip
         several = kv_cache.rope_and_store(form)
         self.records.add([activations.nothing, several, several], words)
@@ -266,9 +273,17 @@ class Binder:
     def _rope_table(self, rope: Rope) -> tuple[int, int]:
         """Addresses of the cosines and of the sines."""
         if rope not in self._rope_tables:
-            self._rope_tables[rope] = rope_tables(rope, self._cache.max_positions)
+            self._rope_tables[rope] = np.stack(tables(rope, np.arange(self._cache.max_positions)))
         cosines, sines = self._rope_tables[rope]
         return cosines.ctypes.data, sines.ctypes.data
+
+    def _slopes(self, op: Attention) -> int:
+        """The slopes of the heads behind a row of whole numbers, see `record.A_SLOPES`; 0 where there are none."""
+        if not op.slopes:
+            return 0
+        slopes = np.concatenate([np.arange(PIECE), op.slopes]).astype(np.float32)
+        self._products.keep.append(slopes)
+        return slopes.ctypes.data
 
     def _groups(self, op: Attention, kv_heads: int) -> int:
         """Query heads by the key/value head that they read, see `record.A_GROUPS`."""
@@ -362,15 +377,11 @@ class Binder:
         bound = Bound(self._products.packed(op.weight), self.logits.address, stride, None)
         read = Input(chosen, place, self._count["wanted"], copies, is_rounded=True, private=from_copy)
         self._products.add(read, [bound])
+        if op.cap:
+            self.records.wait()
+            words = {R.OUT: self.logits.address, R.OUT_STRIDE: stride, R.WIDTH: op.out.width}
+            self.records.add(activations.soft_cap, {**words, R.FACTOR: float_bits(op.cap)})
 
 
 def _between(x: Place, out: Place, width: int) -> dict[int, int]:
     return {R.IN: x.address, R.IN_STRIDE: x.stride, R.OUT: out.address, R.OUT_STRIDE: out.stride, R.WIDTH: width}
-
-
-def rope_tables(rope: Rope, positions: int) -> NDArray[np.float32]:
-    """(2, positions, dim / 2) float32: cosines and sines of position * theta^(-2j / dim), in float32."""
-    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    frequencies = (np.float32(1) / np.float32(rope.theta) ** exponents).astype(np.float32)
-    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
-    return np.stack([np.cos(angles), np.sin(angles)])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.operations import (
     BLOCK,
+    Activation,
     Add,
     AllReduce,
     Attention,
@@ -18,6 +19,7 @@ from tpcpu.program.operations import (
     Embed,
     Glu,
     Heads,
+    Key,
     Kind,
     KvShape,
     Linear,
@@ -25,12 +27,12 @@ from tpcpu.program.operations import (
     Operation,
     Program,
     RmsNorm,
-    Rope,
     RopeAndStore,
     Segment,
     ShortConv,
     Weight,
 )
+from tpcpu.program.rope import Rope
 
 
 class Matrix(NamedTuple):
@@ -50,34 +52,36 @@ class Builder:
         self._operations: list[Operation] = []
         self._layer_of: list[int] = []
         self._buffers: list[Buffer] = []
-        self._weights: dict[tuple[str, Kind], Weight] = {}
+        self._weights: dict[Key, Weight] = {}
         self._kv: list[KvShape] = []
         self._states: list[int] = []
 
     # Weights. `full` is (out, in, ...) as stored; a rank multiplies `rows` and `columns` of it, all by default.
 
-    def vector(self, name: str, full: int, rows: Range | None = None) -> Weight:
+    def vector(
+        self, name: str, full: int, rows: Range | None = None, *, section: str = "", plus: float = 0.0
+    ) -> Weight:
         """A norm's weight or a bias, `(full,)`."""
         rows = Range(0, full) if rows is None else rows
-        return self._declare(Weight(name, Kind.VECTOR, (full,), rows, Range(0, 1)))
+        return self._declare(Weight(name, Kind.VECTOR, (full,), rows, Range(0, 1), section, plus))
 
     def matrix(
         self, module: str, full: tuple[int, ...], *, rows: Range | None = None, columns: Range | None = None,
-        bias: bool = False, kind: Kind = Kind.MATRIX,
+        bias: bool = False, kind: Kind = Kind.MATRIX, section: str = "", unit_rows: bool = False,
     ) -> Matrix:  # fmt: skip
         """The `weight`, and the `bias` of its rows, of a module. Columns are widened to whole blocks: see `Weight`."""
         full_columns = math.prod(full[1:])
         rows = Range(0, full[0]) if rows is None else rows
         columns = Range(0, full_columns) if columns is None else columns.cover(BLOCK, full_columns)
-        weight = self._declare(Weight(f"{module}.weight", kind, full, rows, columns))
-        return Matrix(weight, self.vector(f"{module}.bias", full[0], rows) if bias else None)
+        weight = self._declare(Weight(f"{module}.weight", kind, full, rows, columns, section, unit_rows=unit_rows))
+        return Matrix(weight, self.vector(f"{module}.bias", full[0], rows, section=section) if bias else None)
 
     # Operations
 
-    def embed(self, module: str, vocab: int, hidden: int) -> Buffer:
+    def embed(self, module: str, vocab: int, hidden: int, scale: float = 1.0) -> Buffer:
         weight = self.matrix(module, (vocab, hidden), kind=Kind.EMBEDDING).weight
         out = self._buffer("hidden", hidden)
-        self._emit(Embed(weight, out))
+        self._emit(Embed(weight, out, scale))
         return out
 
     def add(self, x: Buffer, y: Buffer, bias: Weight | None = None) -> Buffer:
@@ -85,9 +89,10 @@ class Builder:
         self._emit(Add(x, y, bias, out))
         return out
 
-    def rms_norm(self, x: Buffer, module: str, eps: float) -> Buffer:
+    def rms_norm(self, x: Buffer, module: str, eps: float, *, plus: float = 0.0) -> Buffer:
+        """`plus` is added to the stored weight."""
         out = self._buffer("norm", x.width)
-        self._emit(RmsNorm(x, self.vector(f"{module}.weight", x.width), eps, out))
+        self._emit(RmsNorm(x, self.vector(f"{module}.weight", x.width, plus=plus), eps, out))
         return out
 
     def linear(self, x: Buffer, **outputs: Matrix | Sequence[Matrix]) -> tuple[Buffer, ...]:
@@ -117,27 +122,37 @@ class Builder:
         self._emit(ShortConv(x, matrix.weight, matrix.bias, len(self._states) - 1, out))
         return out
 
-    def rope_and_store(self, q: Heads, k: Heads, v: Heads, rope: Rope) -> Buffer:
-        """The rotated queries, head after head; keys and values go to the next layer of the cache."""
+    def rope_and_store(
+        self, q: Heads, k: Heads, v: Heads, rope: Rope, norms: Sequence[Weight] = (), eps: float = 0.0
+    ) -> Buffer:
+        """The rotated queries, head after head; keys and values go to the next layer of the cache.
+
+        `norms` of each head of q and of k, or none.
+        """
         self._kv.append(KvShape(k.count, k.dim))
         out = self._buffer("query", q.count * q.dim)
-        self._emit(RopeAndStore(q, k, v, rope, len(self._kv) - 1, out))
+        q_norm, k_norm = norms or (None, None)
+        self._emit(RopeAndStore(q, k, v, rope, len(self._kv) - 1, out, q_norm, k_norm, eps))
         return out
 
     def attention(
-        self, q: Buffer, heads: Range, full_heads: int, kv_of: Sequence[int], scale: float, window: int = 0
-    ) -> Buffer:
+        self, q: Buffer, heads: Range, full_heads: int, kv_of: Sequence[int], scale: float, window: int = 0,
+        *, cap: float = 0.0, slopes: Sequence[float] = (),
+    ) -> Buffer:  # fmt: skip
         """Attends over the cache that `rope_and_store` filled last; `heads` are this rank's of `full_heads`."""
         layer = len(self._kv) - 1
         dim = self._kv[layer].head_dim
         out = self._covering("attention", heads * dim, full_heads * dim, BLOCK)
-        self._emit(Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out, window))
+        self._emit(Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out, window, cap, tuple(slopes)))
         return out
 
-    def glu(self, activated: Buffer, linear: Buffer, features: Range, full_features: int) -> Buffer:
+    def glu(
+        self, activated: Buffer, linear: Buffer, features: Range, full_features: int,
+        activation: Activation = Activation.SILU,
+    ) -> Buffer:  # fmt: skip
         """`features` are this rank's of `full_features`."""
         out = self._covering("glu", features, full_features, BLOCK)
-        self._emit(Glu(activated, linear, out))
+        self._emit(Glu(activated, linear, out, activation))
         return out
 
     def all_reduce(self, x: Buffer) -> Buffer:
@@ -145,12 +160,12 @@ class Builder:
         self._emit(AllReduce(x, out))
         return out
 
-    def logits(self, x: Buffer, module: str, vocab: int) -> Buffer:
+    def logits(self, x: Buffer, module: str, vocab: int, *, cap: float = 0.0, unit_rows: bool = False) -> Buffer:
         """The head is divided over the vocabulary; `module` may be the embedding's, when they are tied."""
         rows = self.share.split(vocab)
-        weight = self.matrix(module, (vocab, x.width), rows=rows, kind=Kind.HEAD).weight
+        weight = self.matrix(module, (vocab, x.width), rows=rows, kind=Kind.HEAD, unit_rows=unit_rows).weight
         out = self._buffer("logits", len(rows))
-        self._emit(Logits(x, weight, out))
+        self._emit(Logits(x, weight, out, cap))
         return out
 
     def finish(self) -> Program:
@@ -165,8 +180,7 @@ class Builder:
         )
 
     def _declare(self, weight: Weight) -> Weight:
-        key = (weight.name, weight.kind)
-        assert self._weights.setdefault(key, weight) == weight, f"{weight.name} is divided in two ways"
+        assert self._weights.setdefault(weight.key, weight) == weight, f"{weight.name} is divided in two ways"
         return weight
 
     def _buffer(self, name: str, width: int, own: Range | None = None) -> Buffer:

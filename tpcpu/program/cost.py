@@ -17,6 +17,7 @@ from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.lowering import Joining, stages
 from tpcpu.program.operations import (
     BLOCK,
+    Activation,
     Add,
     AllReduce,
     Attention,
@@ -62,6 +63,8 @@ class Storage:
                 return self.embedding
             case _:
                 wanted = self.head if weight.kind is Kind.HEAD else self.matrices
+                if weight.unit_rows and wanted in FLOAT_BYTES:
+                    return "float32"
                 return "bf16" if wanted not in FLOAT_BYTES and weight.full_columns % BLOCK else wanted
 
 
@@ -154,25 +157,32 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
     held_as = KV_FORMATS[storage.cache]
     match operation:
         case Embed(weight=weight):
-            return held + Cost(other_bytes=weight.full_columns * FLOAT_BYTES[storage.embedding])
+            scaled = weight.full_columns if operation.scale != 1 else 0
+            return held + Cost(other_bytes=weight.full_columns * FLOAT_BYTES[storage.embedding], operations=scaled)
         case Add():
             return held + Cost(operations=operation.out.width * (2 if operation.bias else 1))
         case RmsNorm():
             return held + Cost(operations=4 * operation.out.width)
         case Linear() | ShortConv() | Logits():
             multiplications = sum(weight.size for weight in multiplied)
-            return held + Cost(operations=2 * multiplications + sum(weight.size for weight in vectors))
+            capped = 5 * operation.out.width if isinstance(operation, Logits) and operation.cap else 0
+            return held + Cost(operations=2 * multiplications + sum(weight.size for weight in vectors) + capped)
         case RopeAndStore(q=q, k=k, v=v):
             written = k.count * held_as.row_bytes(k.dim) + v.count * held_as.row_bytes(v.dim)
-            return Cost(operations=3 * (q.count * q.dim + k.count * k.dim), cache_bytes=written)
+            normed = [heads for heads, norm in ((q, operation.q_norm), (k, operation.k_norm)) if norm]
+            turned = 3 * (q.count + k.count) * operation.rope.dim
+            return held + Cost(
+                operations=turned + 4 * sum(heads.count * heads.dim for heads in normed), cache_bytes=written
+            )
         case Attention():
             cached = program.kv[operation.layer]
             return Cost(
-                operations_per_position=operation.heads * (4 * operation.head_dim + 3),
+                operations_per_position=operation.heads
+                * (4 * operation.head_dim + 3 + (5 if operation.cap else 0) + (3 if operation.slopes else 0)),
                 cache_bytes_per_position=2 * cached.heads * held_as.row_bytes(cached.head_dim),
             )
         case Glu():
-            return Cost(operations=4 * len(operation.out.own))
+            return Cost(operations=(4 if operation.activation is Activation.SILU else 8) * len(operation.out.own))
         case AllReduce():
             return Cost(
                 messages=1,

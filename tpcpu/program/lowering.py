@@ -194,6 +194,9 @@ class _Meetings:
                         # The row that all write together may be a thread's own of before.
                         waits |= self._meet()
                         inner += 1
+                    if operation.cap:
+                        self._meet()
+                        inner += 1
         return waits, inner
 
     def _meet_for(self, whole: Collection[Buffer] = (), slices: Collection[Buffer] = ()) -> bool:

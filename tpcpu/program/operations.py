@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tpcpu.parallel.partition import Range, Share
+from tpcpu.program.rope import Rope
 
 BLOCK = 64
 """Weights that share a scale, and the unit in which inputs are divided over ranks."""
 
 PIECE = 256
 """Cache positions whose softmax is accumulated together; pieces are joined in order. It fixes the order of sums."""
+
+
+class Activation(Enum):
+    """What a gate goes through: x * sigmoid(x), or GELU in its tanh form."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
 
 
 class Kind(Enum):
@@ -33,6 +41,10 @@ class Kind(Enum):
         return self in (Kind.MATRIX, Kind.CONV)
 
 
+Key = tuple[str, Kind, str]
+"""What tells the weights of a program apart, the same on every rank."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """The part of one stored tensor that a rank needs.
@@ -46,6 +58,16 @@ class Weight:
     full_shape: tuple[int, ...]
     rows: Range
     columns: Range
+    section: str = ""
+    """Which of the weights in a tensor that holds several, by rows: `q` of a packed q, k and v."""
+    plus: float = 0.0
+    """What is added to a vector as it is loaded: a norm that multiplies by 1 + weight has 1."""
+    unit_rows: bool = False
+    """Whether rows are divided by their length as they are loaded."""
+
+    @property
+    def key(self) -> Key:
+        return self.name, self.kind, self.section
 
     @property
     def full_rows(self) -> int:
@@ -82,14 +104,6 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: dimension j of `dim` is rotated with j + dim / 2 by position * theta^(-2j / dim)."""
-
-    theta: float
-    dim: int
-
-
-@dataclass(frozen=True)
 class Segment:
     """One weight of a `Linear`: its rows fill the columns of `out` from `column` on; `bias` has those rows."""
 
@@ -101,10 +115,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Embed:
-    """out = weight[token]"""
+    """out = scale * weight[token]"""
 
     weight: Weight
     out: Buffer
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,10 @@ class ShortConv:
 
 @dataclass(frozen=True)
 class RopeAndStore:
-    """Rotates q and k by their positions; writes q to `out` and appends k and v to the cache of `layer`."""
+    """Rotates q and k by their positions; writes q to `out` and appends k and v to the cache of `layer`.
+
+    Before that each head of q and of k goes through an RmsNorm of its own, where there is a weight for it.
+    """
 
     q: Heads
     k: Heads
@@ -160,14 +178,18 @@ class RopeAndStore:
     rope: Rope
     layer: int
     out: Buffer
+    q_norm: Weight | None = None
+    k_norm: Weight | None = None
+    eps: float = 0.0
 
 
 @dataclass(frozen=True)
 class Attention:
-    """out_h = softmax(scale * q_h . K) V, causal, over the cache of `layer`.
+    """out_h = softmax(s) V, causal, over the cache of `layer`, where s = scale * q_h . K.
 
     Query head h reads key/value head `kv_of[h]` of those that this rank holds. A token sees itself and the
-    `window` - 1 before it, or all where that is 0.
+    `window` - 1 before it, or all where that is 0. With a `cap` s becomes cap * tanh(s / cap); with `slopes`, one a
+    head, a position that is n back loses slope * n.
     """
 
     q: Buffer
@@ -178,15 +200,18 @@ class Attention:
     layer: int
     out: Buffer
     window: int = 0
+    cap: float = 0.0
+    slopes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Glu:
-    """out[:, own] = silu(activated) * linear"""
+    """out[:, own] = activation(activated) * linear"""
 
     activated: Buffer
     linear: Buffer
     out: Buffer
+    activation: Activation = Activation.SILU
 
 
 @dataclass(frozen=True)
@@ -199,11 +224,15 @@ class AllReduce:
 
 @dataclass(frozen=True)
 class Logits:
-    """out = x @ weight.T for the tokens whose logits are wanted, over this rank's rows of the vocabulary."""
+    """out = x @ weight.T for the tokens whose logits are wanted, over this rank's rows of the vocabulary.
+
+    With a `cap` it becomes cap * tanh(out / cap).
+    """
 
     x: Buffer
     weight: Weight
     out: Buffer
+    cap: float = 0.0
 
 
 Operation = Embed | Add | RmsNorm | Linear | ShortConv | RopeAndStore | Attention | Glu | AllReduce | Logits
@@ -241,6 +270,8 @@ def weights(operation: Operation) -> tuple[Weight, ...]:
             return tuple(weight for pair in pairs for weight in pair if weight is not None)
         case Embed() | RmsNorm() | Logits():
             return (operation.weight,)
+        case RopeAndStore():
+            return tuple(norm for norm in (operation.q_norm, operation.k_norm) if norm is not None)
         case ShortConv():
             return (operation.weight,) if operation.bias is None else (operation.weight, operation.bias)
         case Add():

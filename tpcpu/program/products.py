@@ -14,7 +14,7 @@ from tpcpu.kernels import activations
 from tpcpu.kernels import record as R
 from tpcpu.kernels.isa import selected
 from tpcpu.program.memory import Buffers, Place, Records, stride_bytes
-from tpcpu.program.operations import BLOCK, Buffer, Kind, Weight
+from tpcpu.program.operations import BLOCK, Buffer, Key, Weight
 from tpcpu.program.weights import PANEL_ROWS, Packed, Table, Vector, float_bits
 
 if selected().panel_rows == 1:
@@ -24,7 +24,7 @@ else:
     from tpcpu.kernels.gemm import gemm, room_bytes
     from tpcpu.kernels.linear import linear, linear_of_one
 
-Weights = Mapping[tuple[str, Kind], Packed | Table | Vector]
+Weights = Mapping[Key, Packed | Table | Vector]
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class Products:
         return not self.exact and any(self.packed(weight).form not in R.FLOATS for weight in multiplied)
 
     def packed(self, weight: Weight) -> Packed:
-        packed = self._weights[weight.name, weight.kind]
+        packed = self._weights[weight.key]
         assert isinstance(packed, Packed)
         return packed
 
     def vector(self, weight: Weight) -> int:
-        vector = self._weights[weight.name, weight.kind]
+        vector = self._weights[weight.key]
         assert isinstance(vector, Vector)
         return vector.values.ctypes.data
 

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from tpcpu.program.operations import (
     BLOCK,
     PIECE,
+    Activation,
     Add,
     AllReduce,
     Attention,
@@ -29,16 +30,17 @@ from tpcpu.program.operations import (
     Embed,
     Glu,
     Heads,
+    Key,
     Linear,
     Logits,
     Operation,
     Program,
     RmsNorm,
-    Rope,
     RopeAndStore,
     ShortConv,
     Weight,
 )
+from tpcpu.program.rope import Rope, tables
 
 Array = NDArray[Any]
 Arithmetic = Literal["exact", "int8"]
@@ -85,6 +87,12 @@ class MatrixValues:
         scales = np.repeat(self.scales, BLOCK, axis=1)[:, : self.values.shape[1]]
         return MatrixValues((self.values.astype(np.float32) * scales).astype(dtype))
 
+    def divided(self, by: Array) -> "MatrixValues":
+        """Each row divided by a number, `by` (rows, 1)."""
+        if self.scales is None:
+            return MatrixValues((self.values.astype(np.float64) / by).astype(np.float32))
+        return replace(self, scales=(self.scales / by).astype(np.float32))
+
     @cached_property
     def steps(self) -> Array:
         """(rows, columns) float32 whole numbers: the values as the 8-bit arithmetic multiplies them."""
@@ -116,6 +124,23 @@ def silu(x: Array) -> Array:
     """x * sigmoid(x), written so that no exponential overflows."""
     e = np.exp(-np.abs(x))
     return x * np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def gelu_tanh(x: Array) -> Array:
+    """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3), written as x * sigmoid(2u)."""
+    twice = x.dtype.type(np.sqrt(8 / np.pi)) * (x + x.dtype.type(0.044715) * x**3)
+    e = np.exp(-np.abs(twice))
+    gated: Array = x * np.where(twice >= 0, 1 / (1 + e), e / (1 + e))
+    return gated
+
+
+_ACTIVATIONS = {Activation.SILU: silu, Activation.GELU_TANH: gelu_tanh}
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap); x where there is no cap."""
+    capped: Array = x.dtype.type(cap) * np.tanh(x / x.dtype.type(cap)) if cap else x
+    return capped
 
 
 def quantise(x: Array) -> tuple[Array, Array]:
@@ -169,18 +194,22 @@ def multiply(x: Array, matrix: MatrixValues) -> Array:
 
 
 def rotate(x: Array, positions: Array, rope: Rope) -> Array:
-    """x (tokens, heads, dim): dimension j turned with j + dim / 2 by position * theta^(-2j / dim)."""
-    half = rope.dim // 2
-    exponents = np.arange(0, rope.dim, 2).astype(x.dtype) / x.dtype.type(rope.dim)
-    frequencies = 1 / x.dtype.type(rope.theta) ** exponents
-    angles = positions.astype(x.dtype)[:, None, None] * frequencies
-    cos, sin = np.cos(angles), np.sin(angles)
-    low, high = x[:, :, :half], x[:, :, half:]
-    return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=2)
+    """x (tokens, heads, dim): the pairs of the first `rope.dim` dimensions turned, the others as they are."""
+    pair, half = np.arange(rope.dim // 2), rope.dim // 2
+    one, other = (2 * pair, 2 * pair + 1) if rope.interleaved else (pair, pair + half)
+    cos, sin = (table[:, None, :] for table in tables(rope, positions, x.dtype))
+    out = x.copy()
+    out[:, :, one] = x[:, :, one] * cos - x[:, :, other] * sin
+    out[:, :, other] = x[:, :, other] * cos + x[:, :, one] * sin
+    return out
 
 
-def attend(q: Array, keys: Array, values: Array, scale: float, window: int = 0) -> Array:
+def attend(
+    q: Array, keys: Array, values: Array, scale: float, window: int = 0, cap: float = 0.0, slopes: Sequence[float] = ()
+) -> Array:
     """softmax(scale * q . K) V of one token: q (heads, dim), keys and values (positions, heads, dim).
+
+    Scores are held below a `cap`; then each head takes `slopes` times the distance from them.
 
     Each piece of 256 positions has its own maximum, sum and weighted sum; pieces are joined in order. Of a window only
     the last positions are seen; pieces begin where they always do.
@@ -192,7 +221,10 @@ def attend(q: Array, keys: Array, values: Array, scale: float, window: int = 0) 
     for start in range(seen // PIECE * PIECE, len(keys), PIECE):
         piece = slice(max(start, seen), start + PIECE)
         k, v = keys[piece], values[piece]
-        scores = np.einsum("hd,phd->hp", q, k) * q.dtype.type(scale)
+        scores = soft_cap(np.einsum("hd,phd->hp", q, k) * q.dtype.type(scale), cap)
+        if slopes:
+            back = len(keys) - 1 - np.arange(len(keys), dtype=q.dtype)[piece]
+            scores = scores - np.array(slopes, q.dtype)[:, None] * back
         piece_top = scores.max(axis=1)
         weights = np.exp(scores - piece_top[:, None])
         piece_total, piece_out = weights.sum(axis=1), np.einsum("hp,phd->hd", weights, v)
@@ -232,7 +264,7 @@ class _Rank:
         self.dtype = dtype
         self.context = context
         self.rounds = arithmetic == "int8"
-        self.weights = {(weight.name, weight.kind): self._load(weight, weights) for weight in program.weights}
+        self.weights: dict[Key, MatrixValues] = {weight.key: self._load(weight, weights) for weight in program.weights}
         self.buffers: dict[Buffer, Array] = {}
         self._cache: dict[tuple[int, int], Array] = {}
         """By layer and sequence: keys and values, (2, context, kv_heads, head_dim)."""
@@ -243,10 +275,15 @@ class _Rank:
         given = weights(weight)
         whole = given if isinstance(given, MatrixValues) else MatrixValues(np.asarray(given))
         part = whole.part(weight)
+        if weight.unit_rows:
+            lengths = np.linalg.norm(part.floats(np.dtype(np.float64)).values, axis=1, keepdims=True)
+            part = part.divided(np.maximum(lengths, 1e-12))
+        if weight.plus:
+            part = MatrixValues(part.floats(self.dtype).values + self.dtype.type(weight.plus))
         return part if self.rounds and part.scales is not None else part.floats(self.dtype)
 
     def matrix(self, weight: Weight) -> MatrixValues:
-        return self.weights[weight.name, weight.kind]
+        return self.weights[weight.key]
 
     def vector(self, weight: Weight | None) -> Array | float:
         return 0.0 if weight is None else self.matrix(weight).values[:, 0]
@@ -260,6 +297,13 @@ class _Rank:
         """(tokens, count, dim) of the buffer that holds them."""
         columns = heads.first + heads.step * np.arange(heads.count)[:, None] + np.arange(heads.dim)
         return self.buffers[heads.buffer][:, columns]
+
+    def normed(self, heads: Array, weight: Weight | None, eps: float) -> Array:
+        """(tokens, count, dim), each head behind a norm of its own where there is a weight for it."""
+        if weight is None:
+            return heads
+        flat = rms_norm(heads.reshape(-1, heads.shape[2]), np.asarray(self.vector(weight)), eps)
+        return flat.reshape(heads.shape)
 
     def cache(self, layer: int, sequence: int) -> Array:
         if (layer, sequence) not in self._cache:
@@ -278,7 +322,7 @@ class _Rank:
         out = self.zeros(operation.out, len(batch.tokens)) if not isinstance(operation, Linear) else np.empty(0)
         match operation:
             case Embed(weight=weight):
-                out[:] = self.matrix(weight).values[batch.tokens]
+                out[:] = self.dtype.type(operation.scale) * self.matrix(weight).values[batch.tokens]
             case Add():
                 out[:] = x[operation.x] + x[operation.y] + self.vector(operation.bias)
             case RmsNorm():
@@ -295,7 +339,8 @@ class _Rank:
                 product = multiply(taps.reshape(len(out), -1), self.matrix(operation.weight))
                 out[:, own] = product + self.vector(operation.bias)
             case RopeAndStore(layer=layer):
-                q, k, v = (self.heads(heads) for heads in (operation.q, operation.k, operation.v))
+                q = self.normed(self.heads(operation.q), operation.q_norm, operation.eps)
+                k, v = self.normed(self.heads(operation.k), operation.k_norm, operation.eps), self.heads(operation.v)
                 out[:] = rotate(q, batch.positions, operation.rope).reshape(out.shape)
                 self.store(layer, rotate(k, batch.positions, operation.rope), v, batch)
             case Attention():
@@ -304,12 +349,15 @@ class _Rank:
                 for token, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
                     # Query head h reads key/value head kv_of[h]; causal: positions up to its own.
                     keys, values = self.cache(operation.layer, sequence)[:, : position + 1, list(operation.kv_of)]
-                    out[token, own] = attend(q[token], keys, values, operation.scale, operation.window).ravel()
+                    out[token, own] = attend(
+                        q[token], keys, values, operation.scale, operation.window, operation.cap, operation.slopes
+                    ).ravel()
             case Glu():
                 own = slice(operation.out.own.start, operation.out.own.stop)
-                out[:, own] = silu(x[operation.activated]) * x[operation.linear]
+                out[:, own] = _ACTIVATIONS[operation.activation](x[operation.activated]) * x[operation.linear]
             case Logits():
-                x[operation.out] = multiply(x[operation.x][batch.wanted], self.matrix(operation.weight))
+                product = multiply(x[operation.x][batch.wanted], self.matrix(operation.weight))
+                x[operation.out] = soft_cap(product, operation.cap)
             case AllReduce():
                 raise AssertionError("an all-reduce needs every rank")
 

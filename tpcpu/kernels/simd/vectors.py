@@ -275,3 +275,10 @@ def exp(x):
     p = fma(p, r, splat(types.float32(5.0000001201e-1)))
     p = fma(mul(p, r), r, add(r, splat(types.float32(1.0))))
     return scale_by_power(p, n)
+
+
+@helper
+def tanh(x):
+    """1 - 2 / (e^2x + 1), within 1e-7: what is near zero keeps fewer digits."""
+    one, two = splat(types.float32(1.0)), splat(types.float32(2.0))
+    return sub(one, div(two, add(exp(mul(two, x)), one)))
