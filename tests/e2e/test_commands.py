@@ -297,7 +297,7 @@ def empty_config(folder: Path) -> None:
         (spoil_header(drop_tensor), [Q_PROJ]),
         (put_nan, [Q_PROJ, "nan"]),
         (spoil_config(model_type="no_such_model"), ["no_such_model", "llama", "yuan"]),
-        (spoil_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["rope_scaling", "yarn"]),
+        (spoil_config(rope_scaling={"rope_type": "longrope", "factor": 4.0}), ["rope_scaling", "longrope"]),
         (spoil_config(sliding_window=128), ["sliding_window"]),
         (spoil_config(hidden_size=320), ["320"]),
         (spoil_config(num_hidden_layers=7), ["layers.6"]),

@@ -172,7 +172,7 @@ def test_zeroing_one_ranks_share_changes_the_answer():
     tiny = load("llama-tiny")
     reference = tiny.reference(3)
     before = feed(reference, [1, 621])
-    for (name, _), matrix in reference.ranks[1].weights.items():
+    for (name, *_), matrix in reference.ranks[1].weights.items():
         if name.endswith("down_proj.weight"):
             matrix.values[:] = 0
     assert np.abs(feed(reference, [1, 621]) - before).max() > 0.1
@@ -233,3 +233,24 @@ def test_mistral_equals_transformers(window):
     if window is not None:
         without = random_model(config | {"sliding_window": None}).reference(context=512)
         assert np.abs(without.run(ids, range(300), [0] * 300, range(300)) - expected)[window:].max() > 1e-2
+
+
+def test_dynamic_rotation_is_that_of_one_token_after_another():
+    """transformers turns all tokens of a call by the length of the whole; here a token does not depend on its chunk."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = {key: value for key, value in ODD_LLAMA.items() if "bias" not in key} | {
+        "hidden_size": 96, "max_position_embeddings": 16, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
+    }  # fmt: skip
+    tiny = random_model(config)
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    peer.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in tiny.tensors.items()})
+    ids, expected, cache = np.random.default_rng(4).integers(0, 101, 60), [], transformers.DynamicCache()
+    with torch.no_grad():
+        for token in ids:
+            expected.append(peer(torch.tensor([[int(token)]]), cache=cache).logits[0, 0].numpy())
+    got = tiny.reference(2).run(ids, range(60), [0] * 60, range(60))
+    assert got == pytest.approx(np.array(expected), abs=2e-4)
+    whole = random_model(config | {"max_position_embeddings": 64}).reference()
+    assert np.abs(whole.run(ids, range(60), [0] * 60, range(60)) - got).max() > 1e-2

@@ -116,8 +116,8 @@ def test_impossible_worlds_are_refused(explained, config, arguments, error, word
 
 
 def test_unsupported_and_missing_configs_are_refused(explained, config, tmp_path):
-    with pytest.raises(ConfigError, match="llama3"):
-        explained("--config", config("llama-1b", rope_scaling={"rope_type": "llama3", "factor": 8.0}))
+    with pytest.raises(ConfigError, match="longrope"):
+        explained("--config", config("llama-1b", rope_scaling={"rope_type": "longrope", "factor": 8.0}))
     with pytest.raises(CheckpointError, match="nowhere"):
         explained("--config", str(tmp_path / "nowhere.json"))
     (tmp_path / "broken.json").write_text("{")

@@ -110,7 +110,8 @@ def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, 
         stored = storage.of(weight)
         # Of the embedding one row is read; everything else is read whole.
         count = one.other_bytes if isinstance(operation, Embed) else cost.weight_bytes(weight, stored)
-        short = weight.name.split(layer)[-1].removesuffix(".weight") + (" + bias" if bias else "")
+        short = " ".join([weight.name.split(layer)[-1].removesuffix(".weight"), weight.section]).rstrip()
+        short += " + bias" if bias else ""
         rows.append(Row("", "", "", short, first.part or _part(weight), stored, size(count)))
     if not rows:
         return [first]

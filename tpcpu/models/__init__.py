@@ -1,6 +1,6 @@
 """Architectures: one file each, from a published config to a program. No numba, no MPI, no threads here.
 
-To add one, write its file (config, weight names, `program`) and name it in `ARCHITECTURES`.
+To add one, write its file (config, weight names, `program`) and name it in `ARCHITECTURES`: see README.md here.
 """
 
 import re
@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from tpcpu.errors import ConfigError, LaunchError
-from tpcpu.models import llama, mistral, yuan
+from tpcpu.models import baichuan, chatglm, gemma, llama, mistral, phi3, qwen, qwen2, yuan
 from tpcpu.models.keys import shown
 from tpcpu.parallel.partition import Share
 from tpcpu.program.operations import Kind, Program
@@ -34,13 +34,62 @@ class Architecture:
     read: Callable[[dict[str, Any]], ModelConfig]
     program: Callable[[Any, Share], Program]
     optional_tensors: tuple[str, ...]
+    models: str
+    """Which published models this is,"""
+    supported: str
+    """and what of them, for the tables of the documentation."""
 
+
+_ROPE = "rotary embedding `default`, `linear`, `dynamic`, `yarn`, `llama3`"
 
 ARCHITECTURES = {
-    "llama": Architecture(llama.LlamaConfig.from_dict, llama.program, llama.OPTIONAL_TENSORS),
-    "mistral": Architecture(mistral.from_dict, mistral.program, mistral.OPTIONAL_TENSORS),
-    "yuan": Architecture(yuan.YuanConfig.from_dict, yuan.program, yuan.OPTIONAL_TENSORS),
-}
+    "baichuan": Architecture(
+        baichuan.from_dict, baichuan.program, baichuan.OPTIONAL_TENSORS,
+        "Baichuan2 7B, 13B", "packed q, k, v; ALiBi of the 13B; normalised head",
+    ),
+    "chatglm": Architecture(
+        chatglm.from_dict, chatglm.program, chatglm.OPTIONAL_TENSORS,
+        "ChatGLM2, ChatGLM3", "half of each head rotated in neighbours; packed q, k, v; `rope_ratio` 1",
+    ),
+    "gemma2": Architecture(
+        gemma.gemma2_from_dict, gemma.program, gemma.OPTIONAL_TENSORS,
+        "Gemma 2", "caps of scores and logits, norms before and after, windows of every other layer",
+    ),
+    "gemma3_text": Architecture(
+        gemma.gemma3_from_dict, gemma.program, gemma.OPTIONAL_TENSORS,
+        "Gemma 3, text", "norms of heads, local and global layers with a rotary base each",
+    ),
+    "llama": Architecture(
+        llama.from_dict, llama.program, llama.OPTIONAL_TENSORS,
+        "Llama 2, 3.x and alike", f"grouped-query attention, biases, tied or own head; {_ROPE}",
+    ),
+    "mistral": Architecture(
+        mistral.from_dict, mistral.program, mistral.OPTIONAL_TENSORS,
+        "Mistral", "sliding window; rotary embedding as Llama",
+    ),
+    "phi3": Architecture(
+        phi3.from_dict, phi3.program, phi3.OPTIONAL_TENSORS,
+        "Phi-3, Phi-3.5, Phi-4 mini",
+        "packed projections, partly rotated heads; `longrope` up to `original_max_position_embeddings`",
+    ),
+    "qwen": Architecture(
+        qwen.from_dict, qwen.program, qwen.OPTIONAL_TENSORS,
+        "Qwen (the first)", "packed q, k, v with bias; with dynamic NTK or log-n attention up to `seq_length`",
+    ),
+    "qwen2": Architecture(
+        qwen2.qwen2_from_dict, qwen2.program, qwen2.OPTIONAL_TENSORS,
+        "Qwen2, Qwen2.5", "biases of q, k, v; windows of some layers; rotary embedding as Llama",
+    ),
+    "qwen3": Architecture(
+        qwen2.qwen3_from_dict, qwen2.program, qwen2.OPTIONAL_TENSORS,
+        "Qwen3, dense", "norms of heads; windows of some layers; rotary embedding as Llama",
+    ),
+    "yuan": Architecture(
+        yuan.YuanConfig.from_dict, yuan.program, yuan.OPTIONAL_TENSORS,
+        "Yuan 2.0 2B, 51B, 102B",
+        "localised filtering convolutions, its tokenizer's rules",
+    ),
+}  # fmt: skip
 """By the `model_type` of config.json."""
 
 PANEL_ROWS = 16
@@ -91,3 +140,9 @@ def read_config(config: dict[str, Any]) -> Model:
 def multiplying(model: Model) -> set[str]:
     """Names of the tensors that a quantiser turns into 4 or 8 bits."""
     return {weight.name for weight in model.program(Share()).weights if weight.kind.multiplies}
+
+
+def table() -> str:
+    """The architectures as the documentation shows them, in Markdown."""
+    rows = [f"| `{name}` | {each.models} | {each.supported} |" for name, each in sorted(ARCHITECTURES.items())]
+    return "\n".join(["| `model_type` | models | what is supported |", "|---|---|---|", *rows])

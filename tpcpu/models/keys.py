@@ -5,7 +5,7 @@ is refused unless it is switched off: a silently dropped setting would be a wron
 """
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tpcpu.errors import ConfigError
@@ -39,8 +39,9 @@ MAX_INTEGER, MAX_NUMBER = 2**31 - 1, 3e38
 class Keys:
     """The keys of one config; each getter marks its key as read, `finish` refuses the ones left over."""
 
-    def __init__(self, config: dict[str, Any], ignored: Iterable[str] = ()) -> None:
-        self._config = config
+    def __init__(self, config: dict[str, Any], ignored: Iterable[str] = (), *, inside: str = "") -> None:
+        """`inside`: what stands before the names of keys of an object in the config, such as `rope_scaling.`"""
+        self._config, self.inside = config, inside
         self._left = set(config) - IGNORED - set(ignored)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -51,24 +52,47 @@ class Keys:
     def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_INTEGER) -> int:
         value = self.get(key, default)
         if value is None:
-            raise ConfigError(f"config.json: {key} is missing; expected an integer of at least {minimum}")
+            raise ConfigError(f"config.json: {self.inside}{key} is missing; expected an integer of at least {minimum}")
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise ConfigError(
-                f"config.json: {key} is {shown(value)}; expected an integer of at least {minimum} and at most {maximum}"
+                f"config.json: {self.inside}{key} is {shown(value)}; "
+                f"expected an integer of at least {minimum} and at most {maximum}"
             )
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A positive number, or 0 where that is allowed."""
         value = self.get(key, default)
+        if zero and value == 0 and not isinstance(value, bool):
+            return 0.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 1 / MAX_NUMBER < value < MAX_NUMBER:
-            raise ConfigError(f"config.json: {key} is {shown(value)}; expected a positive number that a float32 holds")
+            raise ConfigError(
+                f"config.json: {self.inside}{key} is {shown(value)}; expected a positive number that a float32 holds"
+            )
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"config.json: {key} is {shown(value)}; expected true or false")
+            raise ConfigError(f"config.json: {self.inside}{key} is {shown(value)}; expected true or false")
         return value
+
+    def nothing(self, key: str) -> bool:
+        """Whether a key is there and null, where that does not mean the same as leaving it out."""
+        return key in self._config and self.get(key) is None
+
+    def sliding(self, layers: int, default: Callable[[int], bool]) -> list[bool]:
+        """Which layers have a sliding window: those of that type in `layer_types`, or what `default` says of each."""
+        kinds = self.get("layer_types")
+        if kinds is None:
+            return [default(layer) for layer in range(layers)]
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+            raise ConfigError(
+                f"config.json: layer_types is {shown(kinds)}; expected one of {', '.join(known)} for each of the "
+                f"{layers} layers"
+            )
+        return [kind == known[1] for kind in kinds]
 
     def require(self, key: str, supported: Any, default: Any = None) -> None:
         """Refuses any value of `key` but the one supported; a missing key means `default`, or else `supported`."""
@@ -103,7 +127,7 @@ class Keys:
         """Refuses keys that nobody asked for, unless their value switches them off."""
         unknown = sorted(key for key in self._left if not _is_off(key, self._config[key]))
         if unknown:
-            named = _listed([f"{_name(key)} = {shown(self._config[key])}" for key in unknown])
+            named = _listed([f"{self.inside}{_name(key)} = {shown(self._config[key])}" for key in unknown])
             raise ConfigError(
                 f"config.json: unknown to tpcpu, and may change the results: {named}; remove what does not change them"
             )

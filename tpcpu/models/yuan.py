@@ -12,7 +12,8 @@ from typing import Any
 from tpcpu.models.keys import MAX_HEADS, MAX_LAYERS, MAX_WIDTH, Keys
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.builder import Builder, Matrix
-from tpcpu.program.operations import BLOCK, Heads, Kind, Program, Rope
+from tpcpu.program.operations import BLOCK, Heads, Kind, Program
+from tpcpu.program.rope import Rope
 
 OPTIONAL_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
 """Stored by some writers and not needed: frequencies that are computed anew, a head equal to a tied embedding."""

@@ -35,4 +35,5 @@ def _name(operation: Operation) -> str:
 def joined(named: Sequence[Weight]) -> str:
     """Weights in a few words, without the layer's own prefix, such as `self_attn.q_proj + k_proj`."""
     names = [re.sub(r"^(.*?\.\d+\.|model\.|transformer\.)|\.weight$", "", weight.name) for weight in named]
+    names = list(dict.fromkeys(names))  # of a tensor that holds several weights once
     return " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])

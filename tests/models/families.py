@@ -1,0 +1,179 @@
+"""One small random model of every family, made and saved by transformers where it has a class, and what it must give.
+
+A family is its config; everything else is the same for all. Weights are scaled so that every part of a model is heard
+in its logits: as transformers makes them, most of them are not.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB = 131
+
+_SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+_GEMMA = _SHAPE | {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 9}
+_BAICHUAN = {
+    "model_type": "baichuan", "vocab_size": VOCAB, "hidden_size": 144, "intermediate_size": 172, "rms_norm_eps": 1e-6,
+    "num_hidden_layers": 2, "num_attention_heads": 6, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _rope(kind: str, **values: Any) -> dict[str, Any]:
+    return _SHAPE | {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
+
+
+@dataclass(frozen=True)
+class Family:
+    """`config`: what config.json says. `published`: the function of `published.py`, if it is not transformers'."""
+
+    model_type: str
+    config: dict[str, Any]
+    published: str = ""
+
+
+_SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+
+FAMILIES = {
+    "llama": Family("llama", _SHAPE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-linear": Family("llama", _rope("linear", factor=4.0)),
+    "llama-dynamic": Family("llama", _rope("dynamic", factor=4.0)),
+    "llama-yarn": Family("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+    "llama3": Family(
+        "llama",
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    ),
+    "mistral": Family("mistral", _SHAPE | {"head_dim": 24, "sliding_window": 9}),
+    "qwen2": Family("qwen2", _SHAPE | _SOME_WINDOWS),
+    "qwen3": Family("qwen3", _SHAPE | _SOME_WINDOWS | {"head_dim": 24}),
+    "phi3": Family(
+        "phi3",
+        _SHAPE
+        | {
+            "max_position_embeddings": 256, "original_max_position_embeddings": 128, "sliding_window": 30,
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0], "long_factor": [4.0] * 6,
+            },
+        },
+    ),
+    "gemma2": Family("gemma2", _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": Family(
+        "gemma3_text",
+        _GEMMA
+        | {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            },
+        },
+    ),
+    "chatglm": Family(
+        "chatglm",
+        {
+            "model_type": "chatglm", "padded_vocab_size": VOCAB, "hidden_size": 96, "ffn_hidden_size": 172,
+            "num_layers": 2, "num_attention_heads": 6, "multi_query_attention": True, "multi_query_group_num": 2,
+            "kv_channels": 24,
+            "seq_length": 128, "layernorm_epsilon": 1e-5, "add_qkv_bias": True, "add_bias_linear": False,
+            "rmsnorm": True,
+            "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "tie_word_embeddings": False,
+            "original_rope": True, "apply_query_key_layer_scaling": True, "bias_dropout_fusion": True,
+            "attention_softmax_in_fp32": True, "fp32_residual_connection": False,
+        },
+        "chatglm",
+    ),
+    "baichuan2-7b": Family("baichuan", _BAICHUAN | {"max_position_embeddings": 128}, "baichuan"),
+    "baichuan2-13b": Family("baichuan", _BAICHUAN | {"model_max_length": 128}, "baichuan"),
+    "qwen": Family(
+        "qwen",
+        {
+            "model_type": "qwen", "vocab_size": VOCAB, "hidden_size": 144, "intermediate_size": 344, "kv_channels": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000,
+            "rotary_pct": 1.0, "seq_length": 128, "max_position_embeddings": 256, "no_bias": True,
+            "scale_attn_weights": True, "use_dynamic_ntk": True, "use_logn_attn": True,
+            "use_flash_attn": "auto", "bf16": True, "tie_word_embeddings": False,
+        },
+        "qwen",
+    ),
+}  # fmt: skip
+"""By what a test calls them."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A saved model, and who knows its logits: (tokens, vocab) float32 of a text."""
+
+    folder: Path
+    logits: Callable[[list[int]], Any]
+
+
+def make(name: str, folder: Path) -> Made:
+    """Saves the model in bfloat16, and computes in float32 what its folder says."""
+    import torch
+
+    family = FAMILIES[name]
+    torch.manual_seed(5)
+    made = _by_transformers(family, folder) if not family.published else _by_us(family, folder)
+
+    def logits(ids: list[int]) -> Any:
+        with torch.no_grad():
+            return made(torch.tensor(ids)).float().numpy()
+
+    return Made(folder, logits)
+
+
+def _scaled(name: str, values: Any, norms_from_zero: bool) -> Any:
+    """Random values of a parameter, near what a trained one does to activations."""
+    import torch
+
+    random = torch.randn(values.shape)
+    if "norm" in name or ".ln_" in name:
+        return random / 5 + (0 if norms_from_zero else 1)
+    if values.dim() == 1:
+        return random / 5
+    return random if "embed" in name or "wte" in name else random * values.shape[1] ** -0.5
+
+
+def _by_transformers(family: Family, folder: Path) -> Callable[[Any], Any]:
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(family.model_type, **family.config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            values.copy_(_scaled(name, values, "gemma" in family.model_type))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return lambda ids: read(ids[None], use_cache=False).logits[0]
+
+
+def _by_us(family: Family, folder: Path) -> Callable[[Any], Any]:
+    """The tensors that the program declares; a wrong shape among them would not fit the authors' formulas."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tests.models import published
+    from tpcpu.models import read_config
+    from tpcpu.parallel.partition import Share
+
+    shapes = {weight.name: weight.full_shape for weight in read_config(family.config).program(Share()).weights}
+    tensors = {name: _scaled(name, torch.empty(shape), False).bfloat16() for name, shape in shapes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(family.config | {"torch_dtype": "bfloat16"}))
+    floats = {name: values.float() for name, values in tensors.items()}
+    return lambda ids: getattr(published, family.published)(family.config, floats, ids)
+
+
+def text(count: int, seed: int = 1) -> list[int]:
+    """Random token ids."""
+    return [int(token) for token in np.random.default_rng(seed).integers(0, VOCAB, count)]

@@ -1,0 +1,101 @@
+"""Every family in the numpy reference: against transformers or the authors' formulas, and key by key."""
+
+import json
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it, which safetensors asks for)
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.models.families import FAMILIES, Made, make, text
+from tests.models.tiny import Tiny
+from tpcpu.errors import ConfigError
+from tpcpu.models import ARCHITECTURES, read_config
+from tpcpu.models.keys import IGNORED
+from tpcpu.parallel.partition import Share
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+CLOSE = 1e-3
+"""Of logits of a few units: what the project promises."""
+
+HEARD = 1e-2
+"""What a key that changes the mathematics changes some logit by at least."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Made]:
+    return request.param, make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def read(made: Made, **changed: Any) -> Tiny:
+    """The saved tensors under the saved config, some of its keys changed."""
+    config = json.loads((made.folder / "config.json").read_text()) | changed
+    return Tiny(read_config(config), load_file(made.folder / "model.safetensors"), {})
+
+
+def run(tiny: Tiny, ids: list[int], size: int = 1) -> Any:
+    every = range(len(ids))
+    return tiny.reference(size).run(ids, every, [0] * len(ids), every)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_logits(made: tuple[str, Made], size: int) -> None:
+    ids = text(40)
+    assert np.abs(run(read(made[1]), ids, size) - made[1].logits(ids)).max() < CLOSE
+
+
+def other(value: Any) -> Any:
+    """Something else of the same type, that makes sense where the first does."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value * 2
+    if isinstance(value, float):
+        return value * 1e4 if value < 1e-3 else value * 2
+    if isinstance(value, str):
+        return f"{value}_of_tomorrow"
+    if isinstance(value, list):
+        return [other(item) for item in value] if isinstance(value[0], float) else value[::-1]
+    return {key: other(item) if not isinstance(item, str) else item for key, item in value.items()}
+
+
+def test_every_key_is_heard_or_refused(made: tuple[str, Made]) -> None:
+    """Keys that transformers or the authors write, one after another with another value."""
+    _, model = made
+    ids = text(40)
+    config = json.loads((model.folder / "config.json").read_text())
+    whole = run(read(model), ids)
+    unheard = []
+    for key, value in config.items():
+        if key in IGNORED or value is None:
+            continue
+        try:
+            changed = read(model, **{key: other(value)})
+        except ConfigError:
+            continue
+        shapes = {weight.name: weight.full_shape for weight in changed.model.program(Share()).weights}
+        if shapes != {stored: values.shape for stored, values in changed.tensors.items()}:
+            continue
+        if np.abs(run(changed, ids) - whole).max() < HEARD:
+            unheard.append(key)
+    assert set(unheard) <= NEVER_HEARD
+
+
+NEVER_HEARD = {
+    # How long a text may be.
+    "max_position_embeddings", "original_max_position_embeddings", "model_max_length", "seq_length",
+    # How, and how precisely, the authors compute the same.
+    "pretraining_tp", "use_flash_attn", "bf16", "original_rope", "apply_query_key_layer_scaling", "bias_dropout_fusion",
+    "attention_softmax_in_fp32", "fp32_residual_connection",
+    # Where layer_types says it.
+    "_sliding_window_pattern", "sliding_window_pattern", "max_window_layers",
+    # Within seq_length.
+    "use_dynamic_ntk", "use_logn_attn",
+}  # fmt: skip
+
+
+def test_every_architecture_has_a_model() -> None:
+    assert {family.model_type for family in FAMILIES.values()} == set(ARCHITECTURES) - {"yuan"}
