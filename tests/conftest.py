@@ -7,7 +7,7 @@ from typing import NoReturn
 import pytest
 
 from tpcpu.parallel.announcement import announced
-from tpcpu.parallel.segments import named_segments, unlink_orphans
+from tpcpu.parallel.segments import launchers_files, named_segments, unlink_orphans
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def _segments_removed() -> Iterator[None]:
     """Tests kill ranks on purpose; what their MPI could not unlink any more is unlinked here."""
-    older = named_segments()
+    older = named_segments() | launchers_files()
     yield
     # ranks of a test run must not judge what their companions still need
     if announced() is None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.batches import SECONDS, Job, answers_of, command, problems_of, tokens_on_disk, undisturbed_job
 from tests.e2e.processes import Family, eventually, family
-from tpcpu.parallel.processes import open_files
+from tpcpu.parallel.segments import launchers_files, used_files
 
 KILLS = 3
 """Of one job."""
@@ -59,19 +59,13 @@ def test_answers_are_the_same_whatever_process_is_lost(tmp_path, undisturbed, nu
     assert answers_of(output) == wanted, victims
     assert problems_of(output) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out.jsonl", "out.jsonl.journal", "temporary"]
-    assert abandoned(launchers_files() - before) == set()
+    assert abandoned(launchers_files() - before) == frozenset()
     assert '"finished": true' in out
 
 
-def launchers_files() -> set[Path]:
-    """What MPICH's launcher writes where all programs do."""
-    return set(Path("/tmp").glob("hydra_hwloc*"))
-
-
-def abandoned(files: set[Path]) -> set[Path]:
+def abandoned(files: frozenset[str]) -> frozenset[str]:
     """Those that no process, another job's for one, has open."""
-    pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-    return files.difference(*(open_files(pid, "hydra_hwloc") for pid in pids))
+    return files.difference(*map(used_files, Path("/proc").glob("[0-9]*")))
 
 
 def starts(folder: Path) -> int:

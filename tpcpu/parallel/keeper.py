@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from tpcpu.parallel.lifeline import adopt_orphans, die_with_parent
-from tpcpu.parallel.segments import named_segments, unlink_orphans
+from tpcpu.parallel.segments import launchers_files, named_segments, unlink_orphans
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # these ask for an end; the rest is for the ranks to interpret
@@ -35,7 +35,7 @@ def main() -> None:
     for number in (*FORWARDED, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    segments = named_segments()
+    older = named_segments() | launchers_files()
     try:
         child = subprocess.Popen(
             command, env={**os.environ, "TMPDIR": folder}, start_new_session=True, preexec_fn=die_with_parent
@@ -46,7 +46,7 @@ def main() -> None:
     code = _watch(child, lifeline, woken, grace)
     end_descendants()
     if code:
-        unlink_orphans(segments)
+        unlink_orphans(older)
     shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code if code >= 0 else 128 - code)
 

@@ -1,6 +1,6 @@
-"""Named shared-memory segments that an MPI library leaves under /dev/shm when its processes are killed.
+"""What an MPI library and its launcher leave when they are killed: segments under /dev/shm, and a file under /tmp.
 
-Knows /proc/PID/maps and nothing of MPI. A segment that every process of the host has mapped needs its name no longer:
+Knows /proc and names, and nothing of MPI. A segment that every process of the host has mapped needs its name no longer:
 unlinked, it lives as long as its last process and vanishes with it.
 """
 
@@ -10,11 +10,17 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from tpcpu.parallel.processes import open_files
+
 _FOLDER = "/dev/shm/"
 
 
 # how MPICH, Open MPI and UCX name theirs; Intel MPI unlinks its own
 MPI_NAMES = ("mpich_shm_", "sm_segment.", "vader_segment.", "ucx_shm_")
+
+
+HYDRA_FILE = "hydra_hwloc_xmlfile_"
+"""Begins the name of what MPICH's launcher writes under /tmp, keeps open, and removes when it ends by itself."""
 
 
 def mapped_segments(process: Path = Path("/proc/self")) -> frozenset[str]:
@@ -46,16 +52,31 @@ def named_segments() -> frozenset[str]:
     return frozenset(found)
 
 
-def unlink_orphans(older: frozenset[str]) -> frozenset[str]:
-    """Unlink MPI segments that no process maps, except those in `older`; returns their paths.
+def launchers_files() -> frozenset[str]:
+    """This user's files of MPICH's launcher."""
+    found = set()
+    for path in Path("/tmp").glob(f"{HYDRA_FILE}*"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.getuid():
+                found.add(str(path))
+    return frozenset(found)
 
-    A job that is starting maps its segment right after creating it, so only what is unmapped twice, a moment apart,
+
+def used_files(process: Path) -> frozenset[str]:
+    """Segments and launchers' files that a process has in use."""
+    return mapped_segments(process) | {str(path) for path in open_files(int(process.name), HYDRA_FILE)}
+
+
+def unlink_orphans(older: frozenset[str]) -> frozenset[str]:
+    """Unlink MPI segments and launchers' files that no process uses, except those in `older`; returns their paths.
+
+    A job that is starting maps its segment right after creating it, so only what is unused twice, a moment apart,
     is an orphan.
     """
-    orphans = named_segments() - older
+    orphans = (named_segments() | launchers_files()) - older
     for pause in (0.0, 0.05):
         if orphans:
             time.sleep(pause)
-            orphans -= frozenset[str]().union(*map(mapped_segments, Path("/proc").glob("[0-9]*")))
+            orphans -= frozenset[str]().union(*map(used_files, Path("/proc").glob("[0-9]*")))
     unlink_segments(orphans)
     return orphans

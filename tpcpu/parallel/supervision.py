@@ -20,7 +20,7 @@ from tpcpu.parallel.keeper import FORWARDED, end_descendants
 from tpcpu.parallel.lifeline import adopt_orphans
 from tpcpu.parallel.outcry import Outcry
 from tpcpu.parallel.processes import stat, tree
-from tpcpu.parallel.segments import named_segments, unlink_orphans
+from tpcpu.parallel.segments import launchers_files, named_segments, unlink_orphans
 
 _FINAL = (0, 2, EXIT_STOPPED, 130)
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -123,7 +123,7 @@ class Supervisor:
 
     def _watch(self, arguments: list[str]) -> Run:
         begin = time.monotonic()
-        segments = named_segments()
+        older = named_segments() | launchers_files()
         job = self._job = launcher.Job(
             arguments, self._policy.grace, {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         )
@@ -139,7 +139,7 @@ class Supervisor:
         end_descendants()
         if code:
             # what a keeper that was killed could not take away, and what came into its folder after its end
-            unlink_orphans(segments)
+            unlink_orphans(older)
             job.poll()
         errors = outcry.errors()
         return Run(code, time.monotonic() - begin, errors[-1] if errors else None)

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from tpcpu.parallel import processes
 from tpcpu.parallel.neighbours import Message, Neighbour, Neighbours
 from tpcpu.parallel.pulse import Pulse
-from tpcpu.parallel.segments import MPI_NAMES, mapped_segments, unlink_segments
+from tpcpu.parallel.segments import HYDRA_FILE, MPI_NAMES, mapped_segments, unlink_segments
 from tpcpu.parallel.watched import Process, Rank
 
 SHARE = 0.6
@@ -36,7 +36,6 @@ _TOLD_SECONDS = 2.0
 """How long ranks may take to end after one of them has said what is wrong."""
 _JOIN_SECONDS = 60.0
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_HYDRA = "hydra_hwloc_xmlfile_"
 """MPICH's description of the machine, which its launcher holds open, and removes when it ends."""
 
 
@@ -123,7 +122,7 @@ class Witness:
                     what = f"the launcher {name} on {self._name} (pid {launcher})"
                     self._launchers[launcher] = Process(launcher, os.pidfd_open(launcher), what)
                     self._watch(self._launchers[launcher])
-                    self._hydra.update(processes.open_files(launcher, _HYDRA))
+                    self._hydra.update(processes.open_files(launcher, HYDRA_FILE))
                     place = processes.standard_error(launcher, self._launchers[launcher].pidfd)
                     # the one that was started first is the one that somebody reads
                     self._launcher_errors[:0] = [] if place is None else [place]
