@@ -59,12 +59,18 @@ class Plan:
     """The same on every rank: extents in the order of their first use, which the ranks read in turn."""
 
     def __init__(self, parts: Sequence[Part], place: Place, size: int) -> None:
-        """`parts` in the order in which they will be used, each once."""
+        """`parts` in the order in which they will be used, each once; those of one tensor share what is read of it."""
         self.extents: list[Extent] = []
         # By identity: several weights may be parts of one tensor.
         self._of: dict[int, list[Segment]] = {id(part): [] for part in parts}
         placed: list[tuple[Path, int, Part]] = []
+        firsts: dict[tuple[str, int, int], Part] = {}
+        again: list[tuple[Part, Part]] = []
         for part in parts:
+            first = firsts.setdefault((part.name, part.rows, part.row_bytes), part)
+            if first is not part:
+                again.append((part, first))
+                continue
             where = place(part.name) if part.nbytes else None
             if where is not None:
                 placed.append((*where, part))
@@ -78,6 +84,9 @@ class Plan:
                 run.append(Extent(file, offset))
             self._cut(run, part, offset)
         self._end(run)
+        for part, first in again:
+            for same in self._of[id(first)]:
+                self._append(same.extent, part, same.rows, same.at)
         # All ranks go through the parts together. As they read in turn, all of them read all the time.
         for part in parts:
             for segment in self._of[id(part)]:
@@ -92,7 +101,7 @@ class Plan:
     def _append(self, extent: Extent, part: Part, rows: Range, at: int = 0) -> None:
         segment = Segment(part, rows, extent, at)
         extent.segments.append(segment)
-        extent.nbytes = at + segment.nbytes
+        extent.nbytes = max(extent.nbytes, at + segment.nbytes)
         self._of[id(part)].append(segment)
 
     def _cut(self, run: list[Extent], part: Part, offset: int) -> None:
