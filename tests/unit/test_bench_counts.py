@@ -39,6 +39,7 @@ def test_a_rank_of_a_job(text, parts):
         (["--model", "x", "--as-rank", "0/4", "--ranks", "2"], "--as-rank runs in one process; leave --ranks 2 out"),
         (["--model", "x", "--fake-weights"], "--config and --fake-weights belong together"),
         (["--config", "x"], "--config and --fake-weights belong together"),
+        (["--config", "x", "--fake-weights", "--read", "shared"], "--read shared says how a folder is read"),
         (["--config", "x", "--model", "y"], "not allowed with argument"),
         ([], "one of the arguments --model --config is required"),
         (["--model", "x", "--all-reduce", "ordered"], "found 'ordered', expected window, mpi, or a number of bytes"),

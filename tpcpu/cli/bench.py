@@ -67,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if args.fake_weights != (args.config is not None):
         raise UsageError("--config and --fake-weights belong together: without a folder, weights are made up")
+    if args.fake_weights and args.read is not None:
+        raise UsageError(
+            f"--read {args.read} says how a folder is read; with --fake-weights there is none: leave it out"
+        )
     if (args.replay is not None) != bool(args.speculate):
         raise UsageError("--speculate and --replay belong together: a model of its own accord proves nothing in a loop")
     from tpcpu.parallel import launcher
