@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tpcpu.checkpoint import Checkpoint
+from tpcpu.engine import extents
 from tpcpu.engine.binding import bind
 from tpcpu.engine.extents import LEAST_BYTES, Plan
 from tpcpu.engine.parts import Part, needed
@@ -34,12 +35,13 @@ from tpcpu.quantize import quantize
 pytestmark = pytest.mark.mpi
 
 DATA = Path(__file__).parents[1] / "data"
-STORED = ("yuan-tiny", "nf4", "nested")
+STORED = ("yuan-tiny", "nf4", "nested", "fp8", "torch")
 
 
 @pytest.fixture(scope="module")
 def written(communicator: Communicator) -> Iterator[Path]:
-    """Folders of yuan-tiny as NF4 and int8, and of stories260k in NF4 whose blocks partly cross rows."""
+    """Folders of yuan-tiny as NF4 and int8, of llama-tiny in fp8, and of stories260k as a torch file and in NF4 whose
+    blocks partly cross rows."""
     root = Path(tempfile.mkdtemp(prefix="tpcpu-test-")) if communicator.is_root else None
     folder: Path = communicator.broadcast_object(root)
     if communicator.is_root:
@@ -48,6 +50,7 @@ def written(communicator: Communicator) -> Iterator[Path]:
         for form in ("nested", "single"):
             write_flat_nf4(folder / form, nested=form == "nested")
         write_fp8(folder / "fp8")
+        write_torch(folder / "torch")
     communicator.barrier()
     yield folder
     communicator.barrier()
@@ -81,6 +84,19 @@ def write_fp8(folder: Path) -> None:
         plain[name] = fp8.dequantize(values, scales.astype(np.float32), fp8.USUAL_BLOCK)
     save_file(tensors, folder / "model.safetensors")
     save_file(plain, folder.with_name(f"{folder.name}-bf16") / "model.safetensors")
+
+
+def write_torch(folder: Path) -> None:
+    """stories260k as a torch file, in which some tensors are turned: their rows lie nowhere together."""
+    import torch  # here: it takes seconds, and one rank needs it
+
+    shutil.copytree(DATA / "stories260k", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {
+        name: torch.from_numpy(values) for name, values in load_file(DATA / "stories260k/model.safetensors").items()
+    }
+    for name in [name for name in tensors if name.endswith(("q_proj.weight", "down_proj.weight"))]:
+        tensors[name] = tensors[name].t().contiguous().t()
+    torch.save(tensors, folder / "pytorch_model.bin")
 
 
 def declared(checkpoint: Checkpoint, communicator: Communicator) -> list[Part]:
@@ -125,6 +141,7 @@ def load(folder: Path, form: str | None, read: str, communicator: Communicator) 
     [
         ("yuan-tiny", None), ("yuan-tiny", "nf4"), ("llama-tiny", "int8"), ("stories260k", "nf4"),
         ("stories260k", "bf16"), ("nf4", None), ("int8", None), ("nested", None), ("single", None),
+        ("torch", None), ("torch", "nf4"), ("torch", "int8"),
     ],
 )  # fmt: skip
 def test_weights_are_the_same_read_either_way(
@@ -183,7 +200,13 @@ def test_what_no_weight_can_be_is_refused_on_all_ranks(communicator: Communicato
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_regions_are_those_of_the_mapped_file(communicator: Communicator, written: Path, name: str) -> None:
+@pytest.mark.parametrize("nbytes", [extents.USUAL_BYTES, 10_000])
+def test_regions_are_those_of_the_mapped_file(
+    communicator: Communicator, written: Path, name: str, nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from extents so small that there are many, and the memory of one serves others."""
+    monkeypatch.setattr(extents, "USUAL_BYTES", nbytes)
+    monkeypatch.setattr(extents, "LEAST_BYTES", nbytes // 2)
     with Checkpoint.open(folder_of(name, written)) as checkpoint:
         wanted = declared(checkpoint, communicator)
         shared = Shared(checkpoint, communicator, wanted, os.sched_getaffinity(0))

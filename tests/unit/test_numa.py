@@ -84,6 +84,19 @@ def test_touched_pages_are_local() -> None:
     assert set(numa.page_nodes(memory.address + 5, 1)) == {node}
 
 
+def test_whole_pages_are_discarded_and_nothing_beside_them() -> None:
+    values = np.full(8 * mmap.PAGESIZE, 7, np.uint8)
+    first = -values.ctypes.data % mmap.PAGESIZE + mmap.PAGESIZE
+    # From within a page to within another one: two pages lie between.
+    numa.discard(values[first - 5 : first + 2 * mmap.PAGESIZE + 9])
+    expected = np.full_like(values, 7)
+    expected[first : first + 2 * mmap.PAGESIZE] = 0
+    assert np.array_equal(values, expected)
+    numa.discard(values[first + 1 : first + mmap.PAGESIZE])  # no whole page
+    numa.discard(values[:0])
+    assert np.array_equal(values, expected)
+
+
 def test_prefer_node_answers() -> None:
     memory = numa.arena(4 << 20)
     node = node_of_this_thread()

@@ -77,7 +77,7 @@ class Slicer:
         if binding.held == "int8":
             return self._new_int8(binding, parts[""], stored[""], decode)
         if binding.scaled is not None:
-            return self._floats(binding, self._decoded(binding, stored[""], decode), False)
+            return self._floats(binding, self._decoded(binding, parts[""], stored[""], decode), False)
         return self._floats(binding, stored[""], mapped)
 
     def _decoder(self, binding: Binding, parts: Mapping[str, Part]) -> Decode:
@@ -89,13 +89,14 @@ class Slicer:
         scales = floats.to_float32(np.ascontiguousarray(self._supply.fetch(parts[SCALES]))).reshape(layout.shape)
         return lambda values, row, column: fp8.dequantize(values, scales, layout.block, row, column)
 
-    def _decoded(self, binding: Binding, local: NDArray[Any], decode: Decode) -> NDArray[Any]:
+    def _decoded(self, binding: Binding, part: Part, local: NDArray[Any], decode: Decode) -> NDArray[Any]:
         """This rank's region, decoded by all threads."""
         rows, columns = binding.weight.rows, binding.weight.columns
         out = np.empty(local.shape, floats.BFLOAT16)
 
         def work(first: int, last: int) -> None:
             out[first:last] = decode(local[first:last], rows.start + first, columns.start)
+            self._use_up(part, binding, local, first, last)
 
         if local.size:
             self._in_pieces(local, work)
@@ -194,7 +195,7 @@ class Slicer:
                 piece.strides[0], local_maxima[first:].ctypes.data, 4 * blocks,
                 codes[first:].ctypes.data, codes.strides[0],
             )  # fmt: skip
-            self._release(part, weight.rows.start + first, last - first)
+            self._use_up(part, binding, local, first, last)
 
         if local.size:
             self._in_pieces(local, work)
@@ -220,7 +221,7 @@ class Slicer:
                 piece.strides[0], maxima[first:].ctypes.data, maxima.strides[0],
                 values[first:].ctypes.data, values.strides[0], scales[first:].ctypes.data, scales.strides[0],
             )  # fmt: skip
-            self._release(part, binding.weight.rows.start + first, last - first)
+            self._use_up(part, binding, local, first, last)
 
         if local.size:
             self._in_pieces(local, work)
@@ -243,7 +244,7 @@ class Slicer:
             )  # fmt: skip
             if bad >= 0:
                 out[first + bad // blocks, bad % blocks] = np.nan
-            self._release(part, row + first, last - first)
+            self._supply.release(part, Range(row + first, row + last))
 
         if values.size:
             self._in_pieces(values, work)
@@ -261,8 +262,10 @@ class Slicer:
                 sends += [(other, seen) for other in others]
         self._communicator.exchange(sends, receives)
 
-    def _release(self, part: Part, first: int, count: int) -> None:
-        self._supply.release(part, Range(first, first + count))
+    def _use_up(self, part: Part, binding: Binding, local: NDArray[Any], first: int, last: int) -> None:
+        """Rows `first` to `last` of this rank's region have been looked at for the last time."""
+        at = binding.weight.rows.start
+        self._supply.use_up(part, Range(at + first, at + last), local[first:last])
 
     # Values that no weight can have
 

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tpcpu.engine.extents import Extent, Plan, Segment
 from tpcpu.engine.parts import Part
 from tpcpu.errors import CheckpointError
 from tpcpu.parallel.communicator import Communicator
+from tpcpu.parallel.numa import HUGE_PAGE, arena, discard
 from tpcpu.parallel.partition import Range, Share
 
 Look = Callable[[Range, NDArray[Any]], None]
@@ -56,7 +58,11 @@ class Supply(ABC):
 
     @abstractmethod
     def release(self, part: Part, rows: Range | None = None) -> None:
-        """Give back the pages that these rows, or all of a part, may lie in."""
+        """Give back the file's pages that these rows, or all of a part, may lie in; they are read again if need be."""
+
+    @abstractmethod
+    def use_up(self, part: Part, rows: Range, values: NDArray[Any]) -> None:
+        """Give back the memory of `values`, these rows of what `fetch` gave: nobody looks at them again."""
 
     @abstractmethod
     def close(self) -> CheckpointError | None:
@@ -89,6 +95,9 @@ class Mapped(Supply):
         rows = Range(0, part.rows) if rows is None else rows
         self._checkpoint.release(part.name, rows.start * part.row_bytes, rows.stop * part.row_bytes)
 
+    def use_up(self, part: Part, rows: Range, values: NDArray[Any]) -> None:  # noqa: ARG002
+        self.release(part, rows)
+
     def close(self) -> CheckpointError | None:
         return None
 
@@ -115,7 +124,7 @@ class Shared(Supply):
     def fetch(self, part: Part, look: Look | None = None) -> NDArray[Any]:
         need = part.need(self._communicator.rank)
         item = part.dtype.itemsize
-        out = np.empty((len(need.rows), len(need.columns) * item), np.uint8)
+        out = _memory(part.need_bytes(self._communicator.rank)).reshape(len(need.rows), len(need.columns) * item)
         for segments in _rounds(self._plan.segments(part)):
             self._pass_on(part, segments, out, look)
         return out.view(part.dtype)
@@ -128,6 +137,9 @@ class Shared(Supply):
 
     def release(self, part: Part, rows: Range | None = None) -> None:
         pass
+
+    def use_up(self, part: Part, rows: Range, values: NDArray[Any]) -> None:  # noqa: ARG002
+        discard(values)
 
     def close(self) -> CheckpointError | None:
         self._pool.shutdown(cancel_futures=True)
@@ -185,29 +197,40 @@ class Shared(Supply):
     def _give_back(self, extent: Extent) -> None:
         self._left[extent] -= 1
         if not self._left[extent]:
-            self._spare.append(self._here.pop(extent))
-            del self._spare[:-_AHEAD]
+            room = self._here.pop(extent)
+            if extent.file is not None:  # else it is what the checkpoint gave, not to be written to
+                self._spare.append(room)
+            del self._spare[: -_AHEAD if self._unread else None]
 
     def _read_ahead(self) -> None:
-        while self._unread and len(self._coming) < _AHEAD:
+        # What has to be turned is as large as its tensor: not before it is asked for.
+        while self._unread and len(self._coming) < _AHEAD and self._unread[0].file is not None:
             self._read_next()
 
     def _read_next(self) -> None:
         extent = self._unread.popleft()
+        if extent.file is None:
+            self._coming[extent] = self._pool.submit(self._turn, extent)
+            return
         room = next((spare for spare in self._spare if len(spare) >= extent.nbytes), None)
         if room is None:
-            room = np.empty(extent.nbytes, np.uint8)
+            room = _memory(extent.nbytes)
         else:
             self._spare = [spare for spare in self._spare if spare is not room]
-        self._coming[extent] = self._pool.submit(self._read, extent, room)
+        self._coming[extent] = self._pool.submit(self._read, extent.file, extent, room)
 
-    def _read(self, extent: Extent, room: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        if extent.file is not None:
-            self._reader.read(extent.file, extent.offset, room[: extent.nbytes])
-            return room
-        # Values that do not lie together in their file: whoever reads them turns all of them.
-        values = self._checkpoint.array(extent.segments[0].part.name)
-        return values.reshape(-1).view(np.uint8)
+    def _read(self, file: Path, extent: Extent, room: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        self._reader.read(file, extent.offset, room[: extent.nbytes])
+        return room
+
+    def _turn(self, extent: Extent) -> NDArray[np.uint8]:
+        """Values that do not lie together in their file: whoever reads them turns all of them."""
+        return self._checkpoint.array(extent.segments[0].part.name).reshape(-1).view(np.uint8)
+
+
+def _memory(nbytes: int) -> NDArray[np.uint8]:
+    """A mapping of its own where it is large: that is the system's again once nobody holds it."""
+    return np.asarray(arena(nbytes)) if nbytes >= HUGE_PAGE else np.empty(nbytes, np.uint8)
 
 
 def _rounds(segments: list[Segment]) -> Iterable[list[Segment]]:

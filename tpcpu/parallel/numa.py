@@ -79,6 +79,15 @@ def arena(nbytes: int) -> Arena:
     return Arena(nbytes)
 
 
+def discard(values: NDArray[Any]) -> None:
+    """Give back the whole pages inside `values`, contiguous and in private memory: they hold zeros from then on."""
+    assert values.flags.c_contiguous
+    start = -(-values.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (values.ctypes.data + values.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        _libc.madvise(start, end - start, mmap.MADV_DONTNEED)
+
+
 def prefer_node(address: int, nbytes: int, node: int) -> bool:
     """Ask that untouched pages of this range come from `node` whichever thread touches them; False if refused.
 
