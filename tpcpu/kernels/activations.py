@@ -91,7 +91,7 @@ def embed(record, thread, threads):
     first, last = feature_share(_tokens(record), word(record, R.WIDTH), thread, threads)
     ids = word(word(record, R.STEP), R.TOKEN_IDS)
     element = word(record, R.ELEMENT)
-    factor = float_bits(word(record, R.FACTOR))
+    factor = float_bits(word(record, R.CONSTANT))
     scale = v.splat(factor)
     for token in range(begin, end):
         row = word(record, R.IN) + load_i32(ids + 4 * token) * word(record, R.IN_STRIDE)
@@ -137,7 +137,7 @@ def soft_cap(record, thread, threads):
     wanted, width = word(word(record, R.STEP), R.WANTED), word(record, R.WIDTH)
     begin, end = _token_share(wanted, thread, threads)
     first, last = feature_share(wanted, width, thread, threads)
-    factor = float_bits(word(record, R.FACTOR))
+    factor = float_bits(word(record, R.CONSTANT))
     height, inverse = v.splat(factor), v.splat(float32(1.0) / factor)
     for i in range(begin, end):
         out = word(record, R.OUT) + i * word(record, R.OUT_STRIDE)

@@ -103,7 +103,7 @@ ROW_STRIDE = 28
 IN_ROW = 29
 """Where such copies of `IN` lie, or 0, with `IN_ROW_STRIDE`."""
 IN_ROW_STRIDE = 30
-FACTOR = 31
+CONSTANT = 31
 """Bits of a float32: what an embedding is multiplied by, or what logits are held below."""
 ACTIVATION = 32
 """What a gate goes through: SILU or GELU_TANH."""

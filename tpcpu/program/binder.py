@@ -138,7 +138,7 @@ class Binder:
         rows = table.rows
         out = self.buffers.new(op.out)
         words = {R.IN: rows.ctypes.data, R.IN_STRIDE: rows.strides[0], R.ELEMENT: table.form}
-        words[R.FACTOR] = float_bits(op.scale)
+        words[R.CONSTANT] = float_bits(op.scale)
         self.records.add(
             activations.embed, {**words, R.OUT: out.address, R.OUT_STRIDE: out.stride, R.WIDTH: op.out.width}
         )
@@ -380,7 +380,7 @@ class Binder:
         if op.cap:
             self.records.wait()
             words = {R.OUT: self.logits.address, R.OUT_STRIDE: stride, R.WIDTH: op.out.width}
-            self.records.add(activations.soft_cap, {**words, R.FACTOR: float_bits(op.cap)})
+            self.records.add(activations.soft_cap, {**words, R.CONSTANT: float_bits(op.cap)})
 
 
 def _between(x: Place, out: Place, width: int) -> dict[int, int]:
