@@ -258,11 +258,12 @@ def scale_by_power(b, x, exponent):
 
 @helper
 def exp(x):
-    """e^x within 2 units in the last place, for x held between -87.3 and 88.
+    """e^x within 2 units in the last place, for x held between -87.3 and 88; NaN stays NaN.
 
     x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts; e^r by a polynomial (Cephes' expf coefficients).
     """
-    x = minimum(maximum(x, splat(types.float32(-87.33654))), splat(types.float32(88.0)))
+    # In this order: where x is NaN, a comparison fails, and gives what comes second.
+    x = minimum(splat(types.float32(88.0)), maximum(splat(types.float32(-87.33654)), x))
     n = nearest(mul(x, splat(types.float32(1.44269504))))
     k = to_float(n)
     r = fma(k, splat(types.float32(-0.693359375)), x)
