@@ -13,14 +13,21 @@ import pytest
 from tpcpu.kernels.isa import available, selected
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("pack", "linear", "activations", "attention")
-LONG = ("attention", "company", "joining", "ceilings")
+MODULES = ("pack", "linear", "activations", "attention", "experts")
+LONG = ("attention", "experts", "company", "joining", "ceilings")
 """With every format of the cache, and with all that a step has: minutes of compiling a set, so in long runs."""
 OTHERS = [isa.name for isa in available() if isa is not selected()]
 RUNS = [(isa, module) for isa in OTHERS for module in MODULES]
 LONG_RUNS = [(isa, module) for isa in OTHERS for module in LONG]
 ONE_CACHE = {"avx512": "bf16", "avx2": "int8", "generic": "float32"}
 """Attention compiles for 20 s a format of the cache: one format each, all of them in long runs."""
+
+
+def usual(isa: str, module: str) -> str | None:
+    """The tests of a module that are not left to long runs; None: all."""
+    if module == "experts":
+        return "nf4-False or layer"
+    return ONE_CACHE[isa] if module == "attention" else None
 
 
 def python(*arguments: str, isa: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -47,7 +54,7 @@ def assert_passed(run: subprocess.CompletedProcess[str]) -> None:
 
 @pytest.mark.parametrize(("isa", "module"), RUNS)
 def test_operations(isa, module):
-    assert_passed(run_tests(isa, module, ONE_CACHE[isa] if module == "attention" else None))
+    assert_passed(run_tests(isa, module, usual(isa, module)))
 
 
 @pytest.mark.full

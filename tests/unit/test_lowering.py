@@ -2,10 +2,10 @@
 
 import pytest
 
-from tpcpu.parallel.partition import Share
+from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.builder import Builder
 from tpcpu.program.lowering import stages
-from tpcpu.program.operations import Add, Embed, Linear, Logits, RmsNorm
+from tpcpu.program.operations import Add, Embed, Experts, Kind, Linear, Logits, RmsNorm, Route
 
 
 def block(p, x, name):
@@ -30,6 +30,23 @@ def kinds(program, integer=True, join=True):
 def test_a_sum_its_norm_and_the_rounding_for_a_product():
     made = program(lambda p, x: block(p, x, "a")[2])
     assert kinds(made) == [(Embed, False), (Add, RmsNorm, True), (Linear, False), (Logits, False)]
+
+
+def test_a_norm_is_rounded_for_the_experts_behind_a_router_in_floats():
+    p = Builder(Share())
+    n = p.rms_norm(p.embed("embed", 9, 64), "norm", 1e-5)
+    (scores,) = p.linear(n, scores=p.matrix("router", (5, 64), kind=Kind.ROUTER))
+    experts = [p.expert((f"{i}.gate", f"{i}.up", f"{i}.down"), 64, Range(0, 64), 64) for i in range(5)]
+    p.logits(p.experts(n, scores, 2, experts, Range(0, 64), 64, normalised=True), "embed", 9)
+    made = p.finish()
+    integer = {id(operation) for operation in made.operations if isinstance(operation, Experts)}
+    found = stages(made, integer)
+    assert [stage.rounded for stage in found] == [False, True, False, False, False]
+    assert [type(operation) for operation in found[3].operations] == [Route, Experts]
+    assert found[2].from_copy
+    assert found[3].from_copy
+    # For the scores, between the products, and before the sum.
+    assert (found[3].waits, found[3].inner_waits) == (True, 2)
 
 
 def test_floats_are_not_rounded():

@@ -37,7 +37,7 @@ def _tokens(record):
 
 
 @helper
-def _token_share(tokens, thread, threads):
+def token_share(tokens, thread, threads):
     """The tokens that this thread goes through: its part, or all of them when there are fewer than threads."""
     if tokens >= threads:
         return tokens * thread // threads, tokens * (thread + 1) // threads
@@ -87,7 +87,7 @@ def nothing(_record, _thread, _threads):
 @kernel("embed")
 def embed(record, thread, threads):
     """out = factor * the stored row of each token, as float32."""
-    begin, end = _token_share(_tokens(record), thread, threads)
+    begin, end = token_share(_tokens(record), thread, threads)
     first, last = feature_share(_tokens(record), word(record, R.WIDTH), thread, threads)
     ids = word(word(record, R.STEP), R.TOKEN_IDS)
     element = word(record, R.ELEMENT)
@@ -120,7 +120,7 @@ def select(record, thread, threads):
     step = word(record, R.STEP)
     wanted, ids = word(step, R.WANTED), word(step, R.WANTED_IDS)
     width = word(record, R.WIDTH)
-    begin, end = _token_share(wanted, thread, threads)
+    begin, end = token_share(wanted, thread, threads)
     first, last = feature_share(wanted, width, thread, threads)
     for i in range(begin, end):
         source = word(record, R.IN) + load_i32(ids + 4 * i) * word(record, R.IN_STRIDE)
@@ -135,7 +135,7 @@ def select(record, thread, threads):
 def soft_cap(record, thread, threads):
     """out = factor * tanh(out / factor), of the tokens whose logits are wanted."""
     wanted, width = word(word(record, R.STEP), R.WANTED), word(record, R.WIDTH)
-    begin, end = _token_share(wanted, thread, threads)
+    begin, end = token_share(wanted, thread, threads)
     first, last = feature_share(wanted, width, thread, threads)
     factor = float_bits(word(record, R.CONSTANT))
     height, inverse = v.splat(factor), v.splat(float32(1.0) / factor)
@@ -156,7 +156,7 @@ def quantise_one(record, thread, _threads):
 def quantise(record, thread, threads):
     """Rounds activations to int8."""
     tokens = _tokens(record)
-    begin, end = _token_share(tokens, thread, threads)
+    begin, end = token_share(tokens, thread, threads)
     first, last = feature_share(tokens, word(record, R.WIDTH), thread, threads)
     for token in range(begin, end):
         round_to_int8(record, token, word(record, R.IN) + token * word(record, R.IN_STRIDE), first, last)
@@ -180,7 +180,7 @@ def _add_row(record, token, begin, end):
 def add(record, thread, threads):
     """total = x + y + bias"""
     tokens = _tokens(record)
-    begin, end = _token_share(tokens, thread, threads)
+    begin, end = token_share(tokens, thread, threads)
     first, last = feature_share(tokens, word(record, R.WIDTH), thread, threads)
     for token in range(begin, end):
         _add_row(record, token, first, last)
@@ -219,7 +219,7 @@ def rms_norm(record, thread, threads):
     The result is rounded to int8 as well where asked.
     """
     tokens, width = _tokens(record), word(record, R.WIDTH)
-    begin, end = _token_share(tokens, thread, threads)
+    begin, end = token_share(tokens, thread, threads)
     first, last = feature_share(tokens, width, thread, threads)
     weight, bias = word(record, R.WEIGHT), word(record, R.BIAS)
     for token in range(begin, end):
@@ -257,7 +257,7 @@ def rms_norm_one(record, thread, threads):
 
 
 @helper
-def _gated(record, x, y, out, first, last):
+def gated(record, x, y, out, first, last):
     """out = activation(x) * y for some features of a token."""
     one = v.splat(float32(1.0))
     zero = v.splat(float32(0.0))
@@ -282,13 +282,13 @@ def glu(record, thread, threads):
     The result is rounded to int8 as well where asked, which its whole blocks allow.
     """
     tokens, width = _tokens(record), word(record, R.WIDTH)
-    begin, end = _token_share(tokens, thread, threads)
+    begin, end = token_share(tokens, thread, threads)
     first, last = feature_share(tokens, width, thread, threads)
     for token in range(begin, end):
         x = word(record, R.IN) + token * word(record, R.IN_STRIDE)
         y = word(record, R.SECOND) + token * word(record, R.SECOND_STRIDE)
         out = word(record, R.OUT) + token * word(record, R.OUT_STRIDE)
-        _gated(record, x, y, out, first, last)
+        gated(record, x, y, out, first, last)
         if word(record, R.Q):
             round_to_int8(record, token, out, first, last)
 
@@ -297,16 +297,33 @@ def glu(record, thread, threads):
 def glu_one(record, thread, threads):
     """As `glu`, for one token: every thread has the whole result, rounded where asked, and writes its slice."""
     width, own = word(record, R.WIDTH), copy(record, thread)
-    _gated(record, word(record, R.IN), word(record, R.SECOND), own, 0, width)
+    gated(record, word(record, R.IN), word(record, R.SECOND), own, 0, width)
     finish_copy(record, thread, width)
     _store_slice(record, own, thread, threads, width)
+
+
+@kernel("gated-add")
+def gated_add(record, thread, threads):
+    """out = x + sigmoid(gate) * y, a token's gate being one number."""
+    tokens = _tokens(record)
+    begin, end = token_share(tokens, thread, threads)
+    first, last = feature_share(tokens, word(record, R.WIDTH), thread, threads)
+    one = v.splat(float32(1.0))
+    for token in range(begin, end):
+        x = word(record, R.IN) + token * word(record, R.IN_STRIDE)
+        y = word(record, R.SECOND) + token * word(record, R.SECOND_STRIDE)
+        out = word(record, R.OUT) + token * word(record, R.OUT_STRIDE)
+        gate = v.splat(load_f32(word(record, R.GATE) + token * word(record, R.GATE_STRIDE)))
+        factor = v.div(one, v.add(one, v.exp(v.sub(v.splat(float32(0.0)), gate))))
+        for i in range(first, last, LANES):
+            v.store(out + 4 * i, v.fma(factor, v.load(y + 4 * i), v.load(x + 4 * i)))
 
 
 @kernel("sum-parts")
 def sum_parts(record, thread, threads):
     """out = the parts of all ranks, added in rank order."""
     tokens, width = _tokens(record), word(record, R.WIDTH)
-    begin, end = _token_share(tokens, thread, threads)
+    begin, end = token_share(tokens, thread, threads)
     first, last = feature_share(tokens, width, thread, threads)
     # A message holds the tokens of the batch and no more.
     part_bytes = tokens * word(record, R.IN_STRIDE)

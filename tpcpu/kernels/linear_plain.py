@@ -147,6 +147,7 @@ def _make(form: int, exact: int, one: int) -> Kernel:
         first = thread if one and _word(record, R.IS_PRIVATE) else 0
         for _ in range(_word(record, R.SEGMENT_COUNT)):
             rows = _word(segment, R.S_ROWS)
+            row_of_one = first + (_word(segment, R.S_ROW_ONE) if one else 0)
             for row in range(max(begin, 0), min(end, rows)):
                 decoded = scratch
                 if form == INT8 and not exact:
@@ -155,7 +156,7 @@ def _make(form: int, exact: int, one: int) -> Kernel:
                     _decode(record, segment, row, decoded, form, exact)
                 bias = _word(segment, R.S_BIAS)
                 for token in range(tokens):
-                    value = _row(record, segment, row, x, first + token, decoded, form, exact)
+                    value = _row(record, segment, row, x, row_of_one + token, decoded, form, exact)
                     if bias:
                         value += load_f32(bias + 4 * row)
                     out = _word(segment, R.S_OUT_ONE if one else R.S_OUT) + token * _word(segment, R.S_OUT_STRIDE)

@@ -108,6 +108,9 @@ CONSTANT = 31
 ACTIVATION = 32
 """What a gate goes through: SILU or GELU_TANH."""
 SILU, GELU_TANH = 0, 1
+GATE = 33
+"""One float32 a token, whose sigmoid is what `SECOND` is multiplied with before it is added."""
+GATE_STRIDE = 34
 
 # Operands of an exchange.
 SEND = 5
@@ -241,6 +244,45 @@ ROOM = 21
 """Memory of each thread for products with many tokens, `gemm.room_bytes`, and the bytes from one to the next."""
 ROOM_STRIDE = 22
 
+# Operands of a mixture of experts. A token and an expert that it chose are a pair; pairs of several tokens lie by
+# expert. A product has the operands of a linear too, and puts its segments together as it runs.
+E_TOP = 23
+"""Experts of a token."""
+E_CHOICE = 24
+"""float32 of each token: the numbers of its experts, then their weights; and bytes from one token to the next."""
+E_CHOICE_STRIDE = 25
+E_CHOICE_ONE = 26
+"""The same of a step of one token, of which every thread has a copy."""
+E_NORMALISED = 27
+"""1 if the weights of a token's experts add up to 1."""
+E_EXPERTS = 28
+"""How many there are."""
+E_STARTS = 29
+"""int32: for each expert, and for one more, the first of its pairs;"""
+E_PAIRS = 30
+"""for each pair the token; and for each token and place among its experts the pair."""
+E_NUMBERS = 31
+E_SEGMENTS = 32
+"""Segments of all experts, `E_PARTS` of each."""
+E_PARTS = 33
+E_OWN = 34
+"""Memory of each thread, `experts.own_bytes`, and the bytes from one to the next."""
+E_OWN_STRIDE = 35
+E_X = 36
+"""Activations of the pairs of several tokens, in the strides of a linear's `X`; then their scales and sums."""
+E_X_SCALES = 37
+E_X_SUMS = 38
+E_PANEL_BYTES = 39
+"""Bytes of a panel's values, then of its scales."""
+E_SCALES_BYTES = 40
+E_APART = 41
+"""1 if the pairs of one token have activations of their own, too: of each thread `E_TOP` rows of `X_ONE`."""
+E_KERNELS = 42
+"""Addresses of the kernels that multiply, as in `KERNELS`."""
+E_FIRST = 45
+"""Of what an expert's `down` multiplies: the first own column, and all columns in whole blocks."""
+E_COLUMNS = 46
+
 # A segment of a linear.
 S_VALUES = 0
 """Packed weights, panel by panel."""
@@ -265,6 +307,8 @@ S_BIAS = 12
 """float32, one per row, or 0."""
 S_OUT_ONE = 13
 """Where the result of a step of one token goes."""
+S_ROW_ONE = 14
+"""Of a step of one token, which row of `X_ONE` is multiplied, beside what a private copy adds."""
 SEGMENT_WORDS = 16
 
 # The task of a thread in a product with many tokens: some blocks of a span of one or two panels.

@@ -47,6 +47,8 @@ class _Operands:
         scales_stride = e.load_word(b, record, R.X_SCALES_STRIDE)
         # A private copy of one token is as many rows on as its thread has before it, of which the caller tells.
         row = b.add(token, private)
+        if one:
+            row = b.add(row, e.load_word(b, segment, R.S_ROW_ONE))
         first = e.load_word(b, record, R.X_ONE if one else R.X)
         self.x, self.x_scales, self.x_sums = (
             [b.add(start, b.mul(e.offset(b, row, m), step)) for m in range(tokens)]

@@ -12,6 +12,7 @@ from tpcpu.parallel.communicator import AllReduce as AllReduceCall
 from tpcpu.parallel.exchanges import HostsRoom, exchange_records, messages_of
 from tpcpu.program.lowering import Joining, Stage, stages
 from tpcpu.program.memory import Buffers, CacheMemory, Place, Records, last_uses, stride_bytes
+from tpcpu.program.mixture import Mixtures
 from tpcpu.program.operations import (
     PIECE,
     Activation,
@@ -20,6 +21,8 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    Experts,
+    GatedAdd,
     Glu,
     Kind,
     Linear,
@@ -28,6 +31,7 @@ from tpcpu.program.operations import (
     Program,
     RmsNorm,
     RopeAndStore,
+    Route,
     ShortConv,
     inputs,
     outputs,
@@ -68,6 +72,7 @@ class Binder:
         self._products = Products(
             held, self.buffers, self.records, threads=threads, rows=max(tokens, wanted), exact=exact
         )
+        self._mixtures = Mixtures(self._products, self.buffers, self.records, threads=threads, tokens=tokens)
         self.logits = Place(0, 0, 0)
         """Where the logits of the wanted tokens go."""
         self._bind(join)
@@ -91,7 +96,7 @@ class Binder:
 
     def _is_integer(self, op: Operation) -> bool:
         """Whether any product of this operation takes int8 activations."""
-        if not isinstance(op, Linear | ShortConv | Logits):
+        if not isinstance(op, Linear | ShortConv | Experts | Logits):
             return False
         return self._products.is_integer(weight for weight in weights(op) if weight.kind is not Kind.VECTOR)
 
@@ -123,6 +128,10 @@ class Binder:
                 self._attention(rope, op)
             case (Glu() as op,):
                 self._glu(op, stage.rounded)
+            case (GatedAdd() as op,):
+                self._gated_add(op)
+            case (Route() as route, Experts() as op):
+                self._experts(route, op, stage.from_copy)
             case (AllReduce() as op,):
                 self._exchange(op, None)
             case (AllReduce() as op, Add() as add):
@@ -177,6 +186,17 @@ class Binder:
         words[R.ACTIVATION] = {Activation.SILU: R.SILU, Activation.GELU_TANH: R.GELU_TANH}[op.activation]
         one = activations.glu if op.out.own.start else activations.glu_one
         self.records.add([one, activations.glu, activations.glu], words)
+
+    def _gated_add(self, op: GatedAdd) -> None:
+        x, y, gate, out = self.buffers[op.x], self.buffers[op.y], self.buffers[op.gate], self.buffers.new(op.out)
+        words = {**_between(x, out, op.x.width), R.SECOND: y.address, R.SECOND_STRIDE: y.stride}
+        self.records.add(activations.gated_add, {**words, R.GATE: gate.address, R.GATE_STRIDE: gate.stride})
+
+    def _experts(self, route: Route, op: Experts, from_copy: bool) -> None:
+        copies = self._copies_of(op.x) if from_copy else 0
+        read = Input(op.x, self.buffers[op.x], self._count["tokens"], copies, is_rounded=from_copy)
+        choice, out = self.buffers.new(route.out), self.buffers.new(op.out)
+        self._mixtures.add(route, op, self.buffers[route.scores], read, choice, out)
 
     def _copies_of(self, x: Buffer) -> int:
         """Where threads have their copies of x."""

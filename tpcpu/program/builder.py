@@ -17,6 +17,9 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    Expert,
+    Experts,
+    GatedAdd,
     Glu,
     Heads,
     Key,
@@ -28,6 +31,7 @@ from tpcpu.program.operations import (
     Program,
     RmsNorm,
     RopeAndStore,
+    Route,
     Segment,
     ShortConv,
     Weight,
@@ -154,6 +158,33 @@ class Builder:
         out = self._covering("glu", features, full_features, BLOCK)
         self._emit(Glu(activated, linear, out, activation))
         return out
+
+    def gated_add(self, x: Buffer, y: Buffer, gate: Buffer) -> Buffer:
+        """Adds to x what a token's gate, a buffer of one column, lets through of y."""
+        out = self._buffer("hidden", x.width)
+        self._emit(GatedAdd(x, y, gate, out))
+        return out
+
+    def experts(
+        self, x: Buffer, scores: Buffer, top: int, experts: Sequence[Expert], features: Range, full_features: int, *,
+        normalised: bool,
+    ) -> Buffer:  # fmt: skip
+        """The sum of each token's `top` experts by its scores; `features` are this rank's of each expert's."""
+        choice = self._buffer("choice", 2 * top)
+        self._emit(Route(scores, top, normalised, choice))
+        inner = self._covering("expert", features, full_features, BLOCK)
+        out = self._buffer("experts", experts[0].down.full_rows)
+        self._emit(Experts(x, choice, tuple(experts), inner, out))
+        return out
+
+    def expert(self, modules: tuple[str, str, str], hidden: int, features: Range, full_features: int) -> Expert:
+        """The matrices of one expert, gate, up and down, divided over its inner features."""
+        gate, up, down = modules
+        return Expert(
+            self.matrix(gate, (full_features, hidden), rows=features).weight,
+            self.matrix(up, (full_features, hidden), rows=features).weight,
+            self.matrix(down, (hidden, full_features), columns=features).weight,
+        )
 
     def all_reduce(self, x: Buffer) -> Buffer:
         out = self._buffer("sum", x.width)

@@ -22,6 +22,8 @@ from tpcpu.program.operations import (
     AllReduce,
     Attention,
     Embed,
+    Experts,
+    GatedAdd,
     Glu,
     Kind,
     Linear,
@@ -30,9 +32,11 @@ from tpcpu.program.operations import (
     Program,
     RmsNorm,
     RopeAndStore,
+    Route,
     ShortConv,
     Weight,
     weights,
+    weights_of_token,
 )
 
 GROUP = 256
@@ -59,7 +63,7 @@ class Storage:
         match weight.kind:
             case Kind.VECTOR:
                 return "float32"
-            case Kind.EMBEDDING:
+            case Kind.EMBEDDING | Kind.ROUTER:
                 return self.embedding
             case _:
                 wanted = self.head if weight.kind is Kind.HEAD else self.matrices
@@ -148,8 +152,9 @@ def costs(program: Program, storage: Storage) -> tuple[Cost, ...]:
 
 
 def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
-    multiplied = [weight for weight in weights(operation) if weight.kind.multiplies or weight.kind is Kind.HEAD]
-    vectors = [weight for weight in weights(operation) if weight.kind is Kind.VECTOR]
+    read = weights_of_token(operation)
+    multiplied = [weight for weight in read if weight.kind.is_packed]
+    vectors = [weight for weight in read if weight.kind is Kind.VECTOR]
     held = Cost(
         weight_bytes=sum(weight_bytes(weight, storage.of(weight)) for weight in multiplied),
         other_bytes=sum(weight_bytes(weight, "float32") for weight in vectors),
@@ -183,6 +188,14 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             )
         case Glu():
             return Cost(operations=(4 if operation.activation is Activation.SILU else 8) * len(operation.out.own))
+        case GatedAdd():
+            return Cost(operations=2 * operation.out.width + 3)
+        case Route():
+            # The softmax, and a look at every score for each choice.
+            return Cost(operations=(2 + operation.top) * operation.scores.width)
+        case Experts(inner=inner, out=out):
+            multiplications = sum(weight.size for weight in multiplied)
+            return held + Cost(operations=2 * multiplications + operation.top * (4 * len(inner.own) + 2 * out.width))
         case AllReduce():
             return Cost(
                 messages=1,
@@ -200,7 +213,7 @@ def barriers(program: Program, storage: Storage) -> tuple[int, ...]:
     integer = {
         id(operation)
         for operation in program.operations
-        if isinstance(operation, Linear | ShortConv | Logits)
+        if isinstance(operation, Linear | ShortConv | Experts | Logits)
         and any(
             storage.of(weight) not in FLOAT_BYTES for weight in weights(operation) if weight.kind is not Kind.VECTOR
         )
@@ -226,6 +239,18 @@ def barriers_per_layer(program: Program, storage: Storage) -> int:
 def parameters(program: Program) -> int:
     """Parameters of the whole model, from the program of any rank; a tied head counts once."""
     return sum({weight.name: math.prod(weight.full_shape) for weight in program.weights}.values())
+
+
+def parameters_of_token(program: Program) -> int:
+    """Those of them that one token needs: less where it chooses between experts."""
+    left = unread(program)
+    return parameters(program) - sum(math.prod(each.full_shape) for each in program.weights if each in left)
+
+
+def unread(program: Program) -> set[Weight]:
+    """Weights that a rank holds and one token does not need; see `weights_of_token`."""
+    mixtures = [operation for operation in program.operations if isinstance(operation, Experts)]
+    return {weight for op in mixtures for weight in weights(op)[len(weights_of_token(op)) :]}
 
 
 def weight_bytes_per_token(programs: Sequence[Program], storage: Storage) -> int:
@@ -259,11 +284,7 @@ class Memory:
 def memory(program: Program, storage: Storage, context: int, sequences: int = 1, page_tokens: int = 64) -> Memory:
     """What one rank keeps for sequences of `context` positions. The embedding is kept once per host: see below."""
     return Memory(
-        weights=sum(
-            weight_bytes(weight, storage.of(weight))
-            for weight in program.weights
-            if weight.kind.multiplies or weight.kind is Kind.HEAD
-        ),
+        weights=sum(weight_bytes(weight, storage.of(weight)) for weight in program.weights if weight.kind.is_packed),
         vectors=sum(weight_bytes(weight, "float32") for weight in program.weights if weight.kind is Kind.VECTOR),
         cache=2 * sum(KV_FORMATS[storage.cache].page_bytes(kv, context) for kv in program.kv) * sequences,
         states=(RING + -(-context // page_tokens)) * 4 * sum(program.states) * sequences,
@@ -289,8 +310,8 @@ def balance(program: Program, threads: int, storage: Storage) -> float:
     for operation in program.operations:
         held = [
             (weight, weight_bytes(weight, storage.of(weight)) / len(weight.rows))
-            for weight in weights(operation)
-            if weight.size and (weight.kind.multiplies or weight.kind is Kind.HEAD)
+            for weight in weights_of_token(operation)
+            if weight.size and weight.kind.is_packed
         ]
         units = sum(_panels(weight) * _spans(weight) for weight, _ in held)
         parts = [Share(thread, threads).split(units) for thread in range(threads)]

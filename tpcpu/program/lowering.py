@@ -10,7 +10,7 @@ reads is either that slice or the whole. Activations that a product reads as a w
 thread computes for itself: the *copy*.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -21,6 +21,8 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    Experts,
+    GatedAdd,
     Glu,
     Linear,
     Logits,
@@ -28,6 +30,7 @@ from tpcpu.program.operations import (
     Program,
     RmsNorm,
     RopeAndStore,
+    Route,
     ShortConv,
     inputs,
     outputs,
@@ -92,13 +95,21 @@ def _groups(
         rounded = (
             join
             and isinstance(last, RmsNorm | Glu)
-            and isinstance(following, Linear | Logits)
-            and following.x is last.out
             and last.out.own.start % BLOCK == 0
-            and id(following) in integer
+            and _is_read_rounded(last.out, operations, integer)
         )
         result.append((tuple(group), rounded))
     return result
+
+
+def _is_read_rounded(buffer: Buffer, following: Sequence[Operation], integer: Collection[int]) -> bool:
+    """Whether the first product that takes int8 reads a buffer, and what comes before it are products that do not."""
+    for operation in following:
+        if isinstance(operation, Linear | Experts | Logits) and id(operation) in integer:
+            return operation.x is buffer
+        if not isinstance(operation, Linear | Route):
+            break
+    return False
 
 
 def _joins(first: Operation, second: Operation | None, joining: Joining, join: bool) -> bool:
@@ -106,6 +117,9 @@ def _joins(first: Operation, second: Operation | None, joining: Joining, join: b
         case RopeAndStore(), Attention():
             # One token is rotated and stored by the attention over it.
             return second.q is first.out
+        case Route(), Experts():
+            # Of one token every thread chooses for itself.
+            return second.choice is first.out
         case AllReduce(), Add():
             # The sum over the ranks, then what is added to it.
             added = second.y is first.out and second.x is not first.out
@@ -130,7 +144,7 @@ class _Meetings:
 
     def has_copy(self, operation: Operation) -> bool:
         """Whether every thread has the input of a product or a convolution for itself, rounded where that is read."""
-        if not isinstance(operation, Linear | Logits | ShortConv):
+        if not isinstance(operation, Linear | Experts | Logits | ShortConv):
             return False
         as_floats = isinstance(operation, ShortConv) or id(operation) not in self._integer
         return any(buffer is operation.x and (as_floats or rounded) for buffer, rounded in self._copies.values())
@@ -159,6 +173,19 @@ class _Meetings:
                     self._meet()
                     inner += 1
                     self._write(operation.out, by_slices=False)
+                case GatedAdd():
+                    waits |= self._meet_for(whole=[operation.gate], slices=[operation.x, operation.y])
+                    self._write(operation.out, by_slices=True)
+                case Route():
+                    waits |= self._meet_for(whole=[operation.scores])
+                case Experts():
+                    # Between products, and before the sum, which is by slices.
+                    waits |= self._meet_for(whole=[] if from_copy else [operation.x])
+                    if id(operation) in self._integer and not from_copy:
+                        self._overwrite(operation.x.width)
+                    self._meet()
+                    inner += 2
+                    self._write(operation.out, by_slices=True)
                 case Add() if len(group) == 1 or isinstance(group[0], AllReduce):
                     waits |= self._meet_for(slices=[x for x in inputs(operation) if x not in made])
                     self._write(operation.out, by_slices=True)

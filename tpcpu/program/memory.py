@@ -117,17 +117,22 @@ class Records:
     """What is being lowered,"""
     stages: list[tuple[Stage, Kernel]] = field(default_factory=list)
     """and for each record: what it came of, and its kernel for one token."""
-    _rows: list[tuple[Sequence[Kernel], dict[int, int]]] = field(default_factory=list)
+    _rows: list[tuple[Sequence[Kernel], dict[int, int], dict[int, Kernel]]] = field(default_factory=list)
 
-    def add(self, kernels: Kernel | Sequence[Kernel], words: Mapping[int, int], *, apart: bool = True) -> None:
+    def add(
+        self, kernels: Kernel | Sequence[Kernel], words: Mapping[int, int], *, apart: bool = True,
+        calls: Mapping[int, Kernel] | None = None,
+    ) -> None:  # fmt: skip
         """One record: a kernel, or one for each class of token counts, and its operands by word.
 
-        In steps of several tokens threads wait for one another after it, unless what follows is not `apart`.
+        `calls`: operands that are the addresses of kernels. In steps of several tokens threads wait for one another
+        after it, unless what follows is not `apart`.
         """
         each = [kernels] * 3 if isinstance(kernels, Kernel) else kernels
-        self.kernels.update(each)
+        called = dict(calls or {})
+        self.kernels.update(each, called.values())
         self.stages.append((self.stage, each[0]))
-        self._rows.append((each, {R.BARRIER: _SEVERAL if apart else 0, R.STEP: self.step, **words}))
+        self._rows.append((each, {R.BARRIER: _SEVERAL if apart else 0, R.STEP: self.step, **words}, called))
 
     def wait(self) -> None:
         """In steps of one token, too, threads wait for one another after the last record."""
@@ -142,9 +147,9 @@ class Records:
     def array(self) -> NDArray[np.int64]:
         """(records, RECORD_WORDS) int64; the kernels must have been prepared."""
         array = np.zeros((len(self._rows), R.RECORD_WORDS), np.int64)
-        for row, (kernels, words) in zip(array, self._rows, strict=True):
+        for row, (kernels, words, called) in zip(array, self._rows, strict=True):
             row[R.KERNELS : R.KERNELS + 3] = [kernel.address for kernel in kernels]
-            for word, value in words.items():
+            for word, value in (words | {word: kernel.address for word, kernel in called.items()}).items():
                 row[word] = value
         return array
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from tpcpu.program.lowering import Stage
-from tpcpu.program.operations import AllReduce, Operation, Program, Weight, weights
+from tpcpu.program.operations import AllReduce, Experts, Operation, Program, Weight, weights
 
 
 def stage_names(program: Program, stages: Sequence[Stage]) -> list[str]:
@@ -15,7 +15,7 @@ def stage_names(program: Program, stages: Sequence[Stage]) -> list[str]:
     layer_of = {id(op): layer for op, layer in zip(program.operations, program.layer_of, strict=True)}
     names = []
     for stage in stages:
-        found = next((op for op in stage.operations if isinstance(op, AllReduce)), stage.operations[0])
+        found = next((op for op in stage.operations if isinstance(op, AllReduce | Experts)), stage.operations[0])
         layer = layer_of.get(id(found), -1)
         names.append(_name(found) if layer < 0 else f"layer {layer} {_name(found)}")
     return names
@@ -27,9 +27,14 @@ def exchanges(stages: Sequence[Stage]) -> list[int]:
 
 
 def _name(operation: Operation) -> str:
-    """The weights of an operation; its kind where there is none."""
-    named = weights(operation)
+    """The weights of an operation, of the first of several experts; its kind where there is none."""
+    named = shown(operation)
     return joined(named) if named else re.sub(r"(?<!^)(?=[A-Z])", "_", type(operation).__name__).lower()
+
+
+def shown(operation: Operation) -> tuple[Weight, ...]:
+    """The weights that stand for an operation: of experts the first one's."""
+    return operation.experts[0].weights if isinstance(operation, Experts) else weights(operation)
 
 
 def joined(named: Sequence[Weight]) -> str:

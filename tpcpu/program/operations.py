@@ -34,11 +34,18 @@ class Kind(Enum):
     VECTOR = "vector"
     EMBEDDING = "embedding"
     HEAD = "head"
+    ROUTER = "router"
+    """A matrix whose products choose between experts: held in floats, so that the choice is that of the model."""
 
     @property
     def multiplies(self) -> bool:
         """Whether the quantiser turns it into 4 or 8 bits."""
         return self in (Kind.MATRIX, Kind.CONV)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it lies in memory as kernels multiply it."""
+        return self not in (Kind.VECTOR, Kind.EMBEDDING)
 
 
 Key = tuple[str, Kind, str]
@@ -215,6 +222,62 @@ class Glu:
 
 
 @dataclass(frozen=True)
+class GatedAdd:
+    """out = x + sigmoid(gate) * y, where a token's gate is one number."""
+
+    x: Buffer
+    y: Buffer
+    gate: Buffer
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class Route:
+    """The `top` experts of each token: out = their numbers, then their weights, largest first.
+
+    They have the largest p = softmax(scores), of level ones the lower numbers; p are their weights, divided by the sum
+    of the chosen ones if `normalised`.
+    """
+
+    scores: Buffer
+    top: int
+    normalised: bool
+    out: Buffer
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's matrices, each a tensor of its own."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """out = sum over the experts that `choice` names: weight * down @ (silu(gate @ x) * (up @ x)), in that order.
+
+    `choice` is what a `Route` wrote. `inner` has the shape of what `down` multiplies, for one expert of one token.
+    """
+
+    x: Buffer
+    choice: Buffer
+    experts: tuple[Expert, ...]
+    inner: Buffer
+    out: Buffer
+
+    @property
+    def top(self) -> int:
+        """How many experts a token has."""
+        return self.choice.width // 2
+
+
+@dataclass(frozen=True)
 class AllReduce:
     """out = the sum of x over all ranks, the same bits on each."""
 
@@ -235,7 +298,10 @@ class Logits:
     cap: float = 0.0
 
 
-Operation = Embed | Add | RmsNorm | Linear | ShortConv | RopeAndStore | Attention | Glu | AllReduce | Logits
+Operation = (
+    Embed | Add | GatedAdd | RmsNorm | Linear | ShortConv | RopeAndStore | Attention | Glu | Route | Experts | AllReduce
+    | Logits
+)  # fmt: skip
 
 
 def inputs(operation: Operation) -> tuple[Buffer, ...]:
@@ -251,6 +317,12 @@ def inputs(operation: Operation) -> tuple[Buffer, ...]:
             return (operation.q,)
         case Glu():
             return (operation.activated, operation.linear)
+        case GatedAdd():
+            return (operation.x, operation.y, operation.gate)
+        case Route():
+            return (operation.scores,)
+        case Experts():
+            return (operation.x, operation.choice)
         case _:
             return (operation.x,)
 
@@ -276,8 +348,17 @@ def weights(operation: Operation) -> tuple[Weight, ...]:
             return (operation.weight,) if operation.bias is None else (operation.weight, operation.bias)
         case Add():
             return () if operation.bias is None else (operation.bias,)
+        case Experts():
+            return tuple(weight for expert in operation.experts for weight in expert.weights)
         case _:
             return ()
+
+
+def weights_of_token(operation: Operation) -> tuple[Weight, ...]:
+    """Those of them that one token needs: of experts as many as it chooses, of which the first stand for all."""
+    if isinstance(operation, Experts):
+        return tuple(weight for expert in operation.experts[: operation.top] for weight in expert.weights)
+    return weights(operation)
 
 
 @dataclass(frozen=True)

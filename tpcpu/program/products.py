@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from tpcpu.formats.nf4 import CODES
 from tpcpu.kernels import activations
 from tpcpu.kernels import record as R
+from tpcpu.kernels.compile import Kernel
 from tpcpu.kernels.isa import selected
 from tpcpu.program.memory import Buffers, Place, Records, stride_bytes
 from tpcpu.program.operations import BLOCK, Buffer, Key, Weight
-from tpcpu.program.weights import PANEL_ROWS, Packed, Table, Vector, float_bits
+from tpcpu.program.weights import PANEL_ROWS, Packed, Stored, Table, Vector, float_bits
 
 if selected().panel_rows == 1:
     from tpcpu.kernels.linear_plain import linear, linear_of_one
@@ -125,7 +126,7 @@ class Products:
         self._rounded[x.width] = memory, x.name
         return memory
 
-    def _round(self, x: Buffer, place: Place) -> None:
+    def round(self, x: Buffer, place: Place) -> None:
         """Rounds x where nobody has done so."""
         if x.width in self._rounded and self._rounded[x.width][1] == x.name:
             return
@@ -137,14 +138,13 @@ class Products:
     def add(self, read: Input, bound: Sequence[Bound]) -> None:
         """Records of one product: segments of one format, and one codebook, share a record."""
         x, place = read.x, read.place
-        kinds = sorted({(each.packed.form, each.packed.codebook) for each in bound})
-        if not read.is_rounded and not self.exact and any(form not in R.FLOATS for form, _ in kinds):
-            self._round(x, place)
-        for form, codebook in kinds:
-            of_form = [each for each in bound if (each.packed.form, each.packed.codebook) == (form, codebook)]
-            rounded_table, exact_table = self._tables[codebook]
-            table = np.zeros((len(of_form), R.SEGMENT_WORDS), np.int64)
-            for row, each in zip(table, of_form, strict=True):
+        stored = sorted({each.packed.stored for each in bound})
+        if not read.is_rounded and any(map(self.multiplies_integers, stored)):
+            self.round(x, place)
+        for one in stored:
+            of_one = [each for each in bound if each.packed.stored == one]
+            table = np.zeros((len(of_one), R.SEGMENT_WORDS), np.int64)
+            for row, each in zip(table, of_one, strict=True):
                 row[:] = each.packed.segment
                 row[R.S_OUT], row[R.S_OUT_STRIDE] = each.out, each.stride
                 row[R.S_OUT_ONE] = each.out_of_one or each.out
@@ -152,21 +152,37 @@ class Products:
             self.keep.append(table)
             words = {
                 R.SEGMENTS: table.ctypes.data, R.SEGMENT_COUNT: len(table), R.PANELS: int(table[:, R.S_PANELS].sum()),
-                R.COUNT: read.counted, R.FACTOR: float_bits(1 / 127 if form in (R.NF4, R.NF4_SINGLE) else 1.0),
+                R.COUNT: read.counted,
             }  # fmt: skip
-            if self.exact or form in R.FLOATS:
-                words.update({R.X: place.address, R.X_STRIDE: place.stride, R.TABLE: exact_table.ctypes.data})
-                words.update({R.X_ONE: read.copies or place.address, R.IS_PRIVATE: int(read.copies != 0)})
-            else:
-                rounded, name = self._rounded[x.width]
-                assert name == x.name, (name, x)
-                words.update(rounded.operands())
-                private = int(read.private)
-                words.update({R.X_ONE: words[R.X], R.IS_PRIVATE: private, R.TABLE: rounded_table.ctypes.data})
-            words.update(self._scratch(len(of_form[0].packed.weight.columns)))
-            words.update(self._room(form))
-            kernels = [linear_of_one(form, self.exact), linear(form, self.exact), gemm(form, self.exact)]
-            self._records.add(kernels, words, apart=(form, codebook) == kinds[-1])
+            words.update(self.activations(one, read))
+            words.update(self.settings(one, len(of_one[0].packed.weight.columns)))
+            self._records.add(self.kernels(one), words, apart=one == stored[-1])
+
+    def multiplies_integers(self, stored: Stored) -> bool:
+        """Whether weights of a format meet int8 activations."""
+        return not self.exact and stored[0] not in R.FLOATS
+
+    def kernels(self, stored: Stored) -> list[Kernel]:
+        """What multiplies, by class of token counts."""
+        form = stored[0]
+        return [linear_of_one(form, self.exact), linear(form, self.exact), gemm(form, self.exact)]
+
+    def activations(self, stored: Stored, read: Input) -> dict[int, int]:
+        """The words of what a product of a format reads, which has been rounded where it needs that."""
+        if not self.multiplies_integers(stored):
+            words = {R.X: read.place.address, R.X_STRIDE: read.place.stride}
+            return words | {R.X_ONE: read.copies or read.place.address, R.IS_PRIVATE: int(read.copies != 0)}
+        rounded, name = self._rounded[read.x.width]
+        assert name == read.x.name, (name, read.x)
+        words = rounded.operands()
+        return words | {R.X_ONE: words[R.X], R.IS_PRIVATE: int(read.private)}
+
+    def settings(self, stored: Stored, columns: int) -> dict[int, int]:
+        """The words of the next record that depend on a format, and the memory that its product needs."""
+        form, codebook = stored
+        table = self._tables[codebook][0 if self.multiplies_integers(stored) else 1].ctypes.data
+        factor = float_bits(1 / 127 if form in (R.NF4, R.NF4_SINGLE) else 1.0)
+        return {R.TABLE: table, R.FACTOR: factor, **self._scratch(columns), **self._room(form)}
 
     def _room(self, form: int) -> dict[int, int]:
         """Memory of each thread for a product with many tokens, which leaves nothing there; plain kernels need none."""

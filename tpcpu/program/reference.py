@@ -28,6 +28,8 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    Experts,
+    GatedAdd,
     Glu,
     Heads,
     Key,
@@ -37,6 +39,7 @@ from tpcpu.program.operations import (
     Program,
     RmsNorm,
     RopeAndStore,
+    Route,
     ShortConv,
     Weight,
 )
@@ -120,10 +123,24 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return weight * normed
 
 
-def silu(x: Array) -> Array:
-    """x * sigmoid(x), written so that no exponential overflows."""
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x), written so that no exponential overflows."""
     e = np.exp(-np.abs(x))
-    return x * np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)"""
+    return x * sigmoid(x)
+
+
+def choose(scores: Array, top: int, normalised: bool) -> Array:
+    """(tokens, 2 * top): the experts with the largest softmax(scores), level ones by number, and their weights."""
+    numbers = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    e = np.exp(scores - scores.max(axis=1, keepdims=True))
+    chosen = np.take_along_axis(e, numbers, axis=1)
+    total = (chosen if normalised else e).sum(axis=1, keepdims=True)
+    return np.concatenate((numbers.astype(scores.dtype), chosen / total), axis=1)
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -355,11 +372,36 @@ class _Rank:
             case Glu():
                 own = slice(operation.out.own.start, operation.out.own.stop)
                 out[:, own] = _ACTIVATIONS[operation.activation](x[operation.activated]) * x[operation.linear]
+            case GatedAdd():
+                out[:] = x[operation.x] + sigmoid(x[operation.gate]) * x[operation.y]
+            case Route():
+                out[:] = choose(x[operation.scores], operation.top, operation.normalised)
+            case Experts():
+                out[:] = self.mixture(operation)
             case Logits():
                 product = multiply(x[operation.x][batch.wanted], self.matrix(operation.weight))
                 x[operation.out] = soft_cap(product, operation.cap)
             case AllReduce():
                 raise AssertionError("an all-reduce needs every rank")
+
+    def mixture(self, op: Experts) -> Array:
+        """Every expert for the tokens that chose it; of each token the results are added in the order of its choice."""
+        x, choice = self.buffers[op.x], self.buffers[op.choice]
+        numbers, weights = choice[:, : op.top].astype(int), choice[:, op.top :]
+        each = np.zeros((*numbers.shape, op.out.width), self.dtype)
+        own = slice(op.inner.own.start, op.inner.own.stop)
+        for number, expert in enumerate(op.experts):
+            tokens, places = np.nonzero(numbers == number)
+            if not len(tokens):
+                continue
+            inner = np.zeros((len(tokens), op.inner.width), self.dtype)
+            gate, up = (multiply(x[tokens], self.matrix(weight)) for weight in (expert.gate, expert.up))
+            inner[:, own] = silu(gate) * up
+            each[tokens, places] = multiply(inner, self.matrix(expert.down))
+        out = np.zeros((len(x), op.out.width), self.dtype)
+        for place in range(op.top):
+            out += weights[:, place, None] * each[:, place]
+        return out
 
     def previous(self, x: Array, state: int, batch: Batch) -> Array:
         """x of the token before each: from the batch, from the state, or zero at position 0. Renews the state."""

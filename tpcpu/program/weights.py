@@ -116,6 +116,10 @@ NOISE_FORMS = (R.NF4, R.INT8, R.BF16, R.FLOAT32)
 """Formats that can be filled with noise."""
 
 
+Stored = tuple[int, str]
+"""A format as kernels number it, and the codebook of its codes."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """A matrix in memory: the words of its segment, and what keeps them alive."""
@@ -126,6 +130,10 @@ class Packed:
     nbytes: int
     keep: tuple[Any, ...]
     codebook: str = "nf4"
+
+    @property
+    def stored(self) -> Stored:
+        return self.form, self.codebook
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,11 @@ def _sizes(rows: int, columns: int, form: int) -> tuple[int, int]:
         return held * columns * ELEMENT_BYTES[form], 0
     blocks = held * (columns // BLOCK)
     return blocks * (BLOCK if form == R.INT8 else BLOCK // 2), blocks * (1 if form == R.NF4 else 4)
+
+
+def panel_bytes(columns: int, form: int) -> tuple[int, int]:
+    """Bytes of a panel's values and of its scales."""
+    return _sizes(PANEL_ROWS, columns, form)
 
 
 def _aligned(nbytes: int) -> int:

@@ -1,0 +1,158 @@
+"""Mixtures of experts in compiled form against the reference: choices, experts of many and of no tokens, any share."""
+
+import numpy as np
+import pytest
+
+from tests.kernels.binding import TOLERANCES, Bound, FakeModel, Held, assert_close, expected, reference, same_bits
+from tpcpu.parallel.partition import Range
+from tpcpu.program.operations import Kind
+
+COUNTS = (64, 1, 2, 9, 50)
+ARITHMETICS = [("nf4", False), ("nf4", True), ("int8", False), ("bf16", True), ("nf4-single", False)]
+each_arithmetic = pytest.mark.parametrize(("form", "exact"), ARITHMETICS)
+
+
+def mixture(
+    model, x, scores, *, form="nf4", experts=7, top=2, hidden=64, full=256, features=None, normalised=True, forms=None
+):  # fmt: skip
+    """A mixture over inputs `x`, whose scores are inputs as well."""
+    features = Range(0, full) if features is None else features
+    made = []
+    for number in range(experts):
+        expert = model.expert((f"{number}.gate", f"{number}.up", f"{number}.down"), hidden, features, full)
+        for name, weight in zip(("gate", "up", "down"), expert.weights, strict=True):
+            model.hold((weight, None), (forms or {}).get((number, name), form))
+        made.append(expert)
+    return model.experts(x, scores, top, made, features, full, normalised=normalised)
+
+
+def check(model, program, teams, exact, tolerance=None):
+    """As all teams have it, in every bit the same beside other tokens; within the tolerance of the reference."""
+    reader = reference(program, model.tensors, exact, dtype=np.float64 if exact else np.float32)
+    bound = [Bound(program, model.tensors, team, exact=exact) for team in teams]
+    tolerance = tolerance or TOLERANCES["product" if exact else "rounded again"]
+    most = None
+    for count in COUNTS:
+        part = (range(count), 0, 0)
+        results = [each.run(part) for each in bound]
+        assert all(same_bits(result, results[0]) for result in results), f"{count} tokens"
+        most = results[0] if most is None else most
+        assert same_bits(results[0], most[:count]), f"{count} tokens"
+        assert_close(results[0], expected(reader, part), tolerance)
+    return most
+
+
+def scores_of(chosen, experts):
+    """Scores (tokens, experts) with which tokens choose what `chosen` names, the first the most."""
+    scores = np.full((64, experts), -3, np.float32)
+    for token in range(64):
+        for place, number in enumerate(chosen(token)):
+            scores[token, number] = 1 - np.float32(0.3) * place
+    return scores
+
+
+CHOICES = {
+    "all the same": lambda _: (3, 5),
+    "one token alone": lambda token: (6, 0) if token == 31 else (2, 0),
+    "the last and the first": lambda _: (6, 0),
+    "all different": lambda token: (token % 7, (token + 1 + token // 7) % 7),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+@each_arithmetic
+def test_choices(teams, form, exact, choice):
+    """Experts with all tokens, with one, with none."""
+    model = FakeModel()
+    scores = model.inputs(scores_of(choice, 7))
+    y = mixture(model, model.inputs(model.normal(64, 64)), scores, form=form)
+    check(model, model.result(y), teams, exact)
+
+
+@each_arithmetic
+@pytest.mark.parametrize(
+    ("hidden", "full", "features"),
+    [(128, 320, Range(70, 150)), (1088, 192, Range(128, 192)), (72, 128, Range(0, 64)), (64, 1216, None)],
+    ids=["ends in blocks", "more than a span", "short last panel", "more than a span of features"],
+)
+def test_shares(teams, form, exact, hidden, full, features):
+    if hidden % 64 and not exact:
+        form = "bf16"
+    model = FakeModel()
+    x, scores = model.inputs(model.normal(64, hidden)), model.inputs(model.normal(64, 5))
+    forms = {(number, name): "bf16" for number in range(5) for name in ("gate", "up")} if hidden % 64 else {}
+    y = mixture(model, x, scores, form=form, forms=forms, experts=5, top=3, hidden=hidden, full=full, features=features)
+    check(model, model.result(y), teams, exact)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_empty_share(teams, exact):
+    """More ranks than blocks of an expert: nothing is held, and zeros are given."""
+    model = FakeModel()
+    x, scores = model.inputs(model.normal(64, 64)), model.inputs(model.normal(64, 5))
+    y = mixture(model, x, scores, experts=5, full=128, features=Range(128, 128))
+    assert not check(model, model.result(y), teams, exact).any()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_experts_of_different_formats(teams, exact):
+    """Experts that whoever quantised the model left as they were, beside others; one half of another."""
+    model = FakeModel()
+    x, scores = model.inputs(model.normal(64, 128)), model.inputs(model.normal(64, 6))
+    forms = {(2, name): "bf16" for name in ("gate", "up", "down")} | {(4, "down"): "int8", (0, "up"): "float32"}
+    y = mixture(model, x, scores, experts=6, top=3, hidden=128, forms=forms)
+    check(model, model.result(y), teams, exact)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("experts", [1, 8, 19])
+def test_weights_of_a_choice(teams, experts, normalised):
+    """Ties go to the lower number; without normalising what was not chosen takes its part of the weights."""
+    model = FakeModel()
+    values = model.normal(64, experts)
+    values[:, 1::3] = values[:, :1]  # level ones
+    values[5] = 0
+    values[6] *= 40
+    x, scores = model.inputs(model.normal(64, 64)), model.inputs(values)
+    top = min(4, experts)
+    y = mixture(model, x, scores, experts=experts, top=top, full=64, normalised=normalised, form="float32")
+    check(model, model.result(y), teams, True)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_scores_that_are_no_numbers(teams, normalised):
+    """A token gone wrong stays so, reads nothing that is not there, and leaves others alone."""
+    model = FakeModel()
+    values = model.normal(64, 5)
+    values[3] = np.nan
+    values[4, 2] = np.nan
+    values[5, 0] = np.inf
+    x, scores = model.inputs(model.normal(64, 64)), model.inputs(values)
+    program = model.result(mixture(model, x, scores, experts=5, normalised=normalised))
+    for team in teams:
+        bound = Bound(program, model.tensors, team)
+        together = bound.run((range(64), 0, 0))
+        assert np.isnan(together[3:6]).all()
+        for token in (3, 4, 5):
+            assert np.isnan(bound.run(([token], 0, 0))).all()
+        others = together[6:60]
+        assert np.isfinite(others).all()
+        assert same_bits(bound.run((range(6, 60), 0, 0)), others)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_layer(teams, exact):
+    """A norm, a router beside the gate of a shared expert, both kinds of experts, and their sum: as models have it."""
+    model = FakeModel()
+    hidden, full = 192, 128
+    n = model.rms_norm(model.inputs(model.normal(64, hidden)), "norm", 1e-5)
+    model.tensors["norm.weight"] = Held.of(model.normal(hidden), "float32")
+    router = model.hold(model.matrix("router", (9, hidden), kind=Kind.ROUTER), "bf16")
+    shared_gate = model.hold(model.matrix("shared_gate", (1, hidden), kind=Kind.ROUTER), "float32")
+    scores, opened = model.linear(n, scores=router, opened=shared_gate)
+    features = Range(0, full)
+    gate, up = (model.hold(model.matrix(f"shared.{name}", (full, hidden)), "nf4") for name in ("gate", "up"))
+    g = model.glu(*model.linear(n, gate=gate, up=up), features, full)
+    (shared,) = model.linear(g, down=model.hold(model.matrix("shared.down", (hidden, full)), "nf4"))
+    y = mixture(model, n, scores, experts=9, top=3, hidden=hidden, full=full)
+    check(model, model.result(model.gated_add(y, shared, opened)), teams, exact)
