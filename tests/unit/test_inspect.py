@@ -52,7 +52,7 @@ def run(capsys, *arguments):
 )
 def test_bundled_models(name, parameters, ranks):
     found = describe(DATA / name)
-    assert found.parameters == parameters
+    assert found.parameters == found.parameters_per_token == parameters
     assert found.ranks == ranks
     assert found.unsupported == []
     assert sum(found.bytes_by_format.values()) == found.total_bytes

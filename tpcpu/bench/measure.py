@@ -25,7 +25,8 @@ from tpcpu.kernels import peak
 from tpcpu.kernels.compile import spent_seconds
 from tpcpu.parallel.communicator import Communicator
 from tpcpu.parallel.team import Team
-from tpcpu.program.operations import Attention, weights
+from tpcpu.program.cost import unread
+from tpcpu.program.operations import Attention, weights_of_token
 from tpcpu.program.weights import Packed
 
 _CALIBRATION_ROUNDS = 1 << 22
@@ -101,7 +102,7 @@ class _Measurement:
         assert engine.team is not None
         self._team = engine.team
         held = [each for each in engine.weights.values() if isinstance(each, Packed)]
-        self._tallies: list[Tally] = self._communicator.all_gather_object(tally(held))
+        self._tallies: list[Tally] = self._communicator.all_gather_object(tally(held, unread(engine.program)))
         self._total = sum(self._tallies, Tally())
 
     def report(self, name: str, options: Options) -> Report:
@@ -283,7 +284,7 @@ class _Measurement:
             kind = class_of(stage, kernel)
             if kind in ("linear", "conv") and id(stage) not in seen:
                 seen.add(id(stage))
-                held = [engine.weights.get(w.key) for op in stage.operations for w in weights(op)]
+                held = [engine.weights.get(w.key) for op in stage.operations for w in weights_of_token(op)]
                 found[number] = sum(token_bytes(each) for each in held if isinstance(each, Packed))
             for op in stage.operations:
                 if isinstance(op, Attention) and id(stage) not in seen:

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 from tpcpu.kernels.compile import Kernel
 from tpcpu.program.lowering import Stage
-from tpcpu.program.naming import joined
+from tpcpu.program.naming import joined, shown
 from tpcpu.program.operations import (
     AllReduce,
     Attention,
+    Experts,
     Linear,
     Logits,
     RopeAndStore,
     ShortConv,
     Weight,
-    weights,
 )
 
 CLASSES = ("linear", "conv", "attention", "all_reduce", "other")
@@ -36,7 +36,7 @@ def class_of(stage: Stage, kernel: Kernel) -> str:
         match operation:
             case AllReduce():
                 return "all_reduce"
-            case Linear() | Logits() if product:
+            case Linear() | Experts() | Logits() if product:
                 return "linear"
             case ShortConv() if product:
                 return "conv"
@@ -53,8 +53,7 @@ def label_of(stage: Stage, kernel: Kernel) -> str:
 
 
 def _multiplied(stage: Stage) -> list[Weight]:
-    found = [weight for operation in stage.operations for weight in weights(operation)]
-    return [weight for weight in found if weight.kind.multiplies or weight.kind.value == "head"]
+    return [weight for operation in stage.operations for weight in shown(operation) if weight.kind.is_packed]
 
 
 def shares(stages: Stages, seconds: NDArray[np.float64], step: float) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Bytes and multiplications of the weights that a rank holds, by the formats that they are held in."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from tpcpu.kernels import record as R
@@ -46,19 +46,19 @@ def token_bytes(packed: Packed) -> int:
     return cost.weight_bytes(packed.weight, _NAMES[packed.form])
 
 
-def tally(weights: Iterable[object]) -> Tally:
-    """Of the packed ones among them: all of these are multiplied for a token."""
-    return sum((_of(each) for each in weights if isinstance(each, Packed)), Tally())
+def tally(weights: Iterable[object], unread: Collection[Weight] = ()) -> Tally:
+    """Of the packed ones among them; all but those `unread` are multiplied for a token."""
+    return sum((_of(each, each.weight not in unread) for each in weights if isinstance(each, Packed)), Tally())
 
 
-def _of(packed: Packed) -> Tally:
+def _of(packed: Packed, read: bool) -> Tally:
     weight: Weight = packed.weight
     nbytes, nf4, head = token_bytes(packed), packed.form in _NF4, weight.kind is Kind.HEAD
     return Tally(
-        token_bytes=nbytes,
+        token_bytes=nbytes if read else 0,
         held_bytes=packed.nbytes,
         nf4_bytes=nbytes if nf4 else 0,
         nf4_weights=weight.size if nf4 else 0,
-        products=0 if head else weight.size,
+        products=weight.size if read and not head else 0,
         head_products=weight.size if head else 0,
     )

@@ -13,6 +13,7 @@ from tpcpu.checkpoint import Checkpoint
 from tpcpu.errors import ConfigError, LaunchError
 from tpcpu.formats import fp8, int8, nf4
 from tpcpu.parallel.partition import Share
+from tpcpu.program import cost
 
 _FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "float32"}
 _QUANTISED = ("nf4", "fp4", "int8")
@@ -20,7 +21,11 @@ _QUANTISED = ("nf4", "fp4", "int8")
 
 @dataclass
 class Description:
-    """What `inspect` says. `ranks` is the largest count that works, None for a model that is not supported."""
+    """What `inspect` says.
+
+    `parameters_per_token`, those that one token needs, and `ranks`, the largest count that works, are None for a model
+    that is not supported.
+    """
 
     path: str
     architecture: str
@@ -28,6 +33,7 @@ class Description:
     tensors: int
     parameters: int
     total_bytes: int
+    parameters_per_token: int | None = None
     bytes_by_format: dict[str, int] = field(default_factory=dict)
     parameters_by_format: dict[str, int] = field(default_factory=dict)
     not_quantized: dict[str, str] = field(default_factory=dict)  # multiplying tensors in a quantised folder, and why
@@ -114,8 +120,10 @@ def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], fo
         )
     try:
         model = models.read_config(checkpoint.config)
-        weights = model.program(Share(0, 1)).weights
+        program = model.program(Share(0, 1))
+        weights = program.weights
         found.ranks = model.max_ranks
+        found.parameters_per_token = cost.parameters_of_token(program)
     except (ConfigError, LaunchError) as error:
         found.unsupported.append(str(error))
         return
@@ -162,8 +170,10 @@ def _quantization(config: dict[str, Any]) -> str | None:
 
 
 def text(found: Description) -> str:
+    needed = found.parameters_per_token or found.parameters
+    some = f", {needed:,} for a token," if needed < found.parameters else ""
     lines = [
-        f"{found.path}: {found.architecture}, {found.parameters:,} parameters in {found.tensors} tensors,"
+        f"{found.path}: {found.architecture}, {found.parameters:,} parameters{some} in {found.tensors} tensors,"
         f" {_bytes(found.total_bytes)} in {found.files} file{'s' if found.files > 1 else ''}"
     ]
     for name, nbytes in sorted(found.bytes_by_format.items(), key=lambda item: -item[1]):

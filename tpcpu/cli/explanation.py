@@ -67,9 +67,11 @@ def _text(
     spent = cost.total(cost.costs(shown, storage))
     bits = cost.bits_per_nf4_weight(programs, storage)
     read = cost.weight_bytes_per_token(programs, storage)
+    needed = cost.parameters_of_token(shown)
+    some = f", {_count(needed)} for a token" if needed < cost.parameters(shown) else ""
     lines = [
-        f"{model.model_type}, {model.config.num_hidden_layers} layers, {_count(cost.parameters(shown))} parameters: "
-        f"the program of rank {args.rank} of {args.ranks}",
+        f"{model.model_type}, {model.config.num_hidden_layers} layers, {_count(cost.parameters(shown))} parameters"
+        f"{some}: the program of rank {args.rank} of {args.ranks}",
         f"in memory: weights {storage.matrices}, head {storage.head}, embedding {storage.embedding}, "
         f"cache {storage.cache}, norms and biases float32",
         "",
@@ -96,18 +98,19 @@ def _text(
         "",
         f"All ranks: {size(read)} of weights read for a token"
         + (f"; {bits:.3f} bits for an NF4 weight" if bits else ""),
-        *_shares(programs, storage, context, read),
+        *_shares(programs, storage, context),
         f"The embedding, {size(cost.embedding_bytes(shown, storage))}, is held once per host.",
     ]
     return lines
 
 
-def _shares(programs: Sequence[Program], storage: cost.Storage, context: int, read: int) -> list[str]:
+def _shares(programs: Sequence[Program], storage: cost.Storage, context: int) -> list[str]:
     """A line for each rank; equal ones that follow one another stand once."""
     rows = []
-    for program in programs:
-        held = cost.memory(program, storage, context)
-        share = f"{100 * held.weights / read:.2f} %" if read else "-"
+    memories = [cost.memory(program, storage, context) for program in programs]
+    whole = sum(held.weights for held in memories)
+    for program, held in zip(programs, memories, strict=True):
+        share = f"{100 * held.weights / whole:.2f} %" if whole else "-"
         heads = {kv.heads for kv in program.kv}
         rows.append(
             (size(held.weights), share, size(held.vectors), size(held.cache + held.states), size(held.total),
@@ -136,6 +139,7 @@ def _json(
     return {
         "model_type": model.model_type,
         "parameters": cost.parameters(shown),
+        "parameters_per_token": cost.parameters_of_token(shown),
         "ranks": args.ranks,
         "rank": args.rank,
         "context": context,

@@ -14,11 +14,13 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    Experts,
     Kind,
     Linear,
     Operation,
     Program,
     RopeAndStore,
+    Route,
     Weight,
     inputs,
     outputs,
@@ -102,6 +104,8 @@ def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, 
             return [first._replace(part="nothing on this rank")]
     elif isinstance(operation, RopeAndStore):
         held = [(norm, None) for norm in weights(operation)]
+    elif isinstance(operation, Experts):
+        return _experts(operation, first, layer, storage)
     else:
         read = weights(operation)
         held = [(read[0], read[1] if len(read) > 1 else None)] if read else []
@@ -116,6 +120,17 @@ def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, 
     if not rows:
         return [first]
     return [rows[0]._replace(wait=first.wait, operation=name, data=first.data), *rows[1:]]
+
+
+def _experts(operation: Experts, first: Row, layer: str, storage: cost.Storage) -> list[Row]:
+    """A row for each matrix of an expert: what one has, and the bytes of as many as a token chooses."""
+    count, rows = len(operation.experts), []
+    for weight in operation.experts[0].weights:
+        stored = storage.of(weight)
+        nbytes = operation.top * cost.weight_bytes(weight, stored)
+        name = weight.name.split(layer)[-1].removesuffix(".weight").replace(".0.", f".0-{count - 1}.", 1)
+        rows.append(Row("", "", "", name, f"{operation.top} of {count} times {_part(weight)}", stored, size(nbytes)))
+    return [rows[0]._replace(wait=first.wait, operation=first.operation, data=first.data), *rows[1:]]
 
 
 def _data(operation: Operation, labels: dict[Buffer, str]) -> str:
@@ -146,6 +161,8 @@ def _note(operation: Operation, one: cost.Cost, program: Program) -> str:
             if rope.scaling is not None:
                 turned += f" {type(rope.scaling).__name__.removesuffix('Scaling').lower()}"
             return f"{q.count} q, {k.count} kv heads of {k.dim}, {turned}; writes {size(one.cache_bytes)}"
+        case Route(scores=scores, top=top, normalised=normalised):
+            return f"the {top} best of {scores.width}" + (", their weights adding up to 1" if normalised else "")
         case Attention():
             kv = program.kv[operation.layer]
             read = size(one.cache_bytes_per_position)

@@ -101,6 +101,11 @@ def _binding(
                     f"are expected as {', '.join(STORED.values())}"
                 )
             return Binding(weight, stored, "float32" if weight.kind is Kind.VECTOR else stored)
+        case Kind.ROUTER:
+            # Choices are made in float32, of what the model has.
+            if stored in ("nf4", "int8"):
+                held = "float32" if state is None else _TENSOR_DTYPES[state.dtype]
+            return Binding(weight, stored, held, state)
         case Kind.HEAD:
             # Read for every token: 8 bits beside quantised weights, as it is beside others.
             held = lm_head or ("int8" if wanted in ("nf4", "int8") and stored in STORED.values() else stored)

@@ -97,7 +97,8 @@ def quantize(
                             checkpoint.prefetch(following.source.name)
                         converter.convert(treatment, weights, advance)
                     weights.finish()
-            _write_rest(checkpoint, folder, format, planned, kept)
+            left = [treatment.source.name for treatment in treatments if treatment.reason or treatment.routes]
+            _write_rest(checkpoint, folder, format, planned, left)
             written = sum((folder.partial / name).stat().st_size for name in files)
             folder.finish()
     return Report(total, written, time.monotonic() - began, len(files), resumed, kept, dropped)
@@ -123,9 +124,9 @@ def _settings(checkpoint: Checkpoint, target: str) -> dict[str, Any]:
 
 
 def _write_rest(
-    checkpoint: Checkpoint, folder: FolderWriter, target: str, planned: dict[str, list[Planned]], kept: dict[str, str]
+    checkpoint: Checkpoint, folder: FolderWriter, target: str, planned: dict[str, list[Planned]], kept: list[str]
 ) -> None:
-    """Index, config, tokenizer and the other small files."""
+    """Index, config, tokenizer and the other small files; `kept`: matrices that stay as given."""
     if set(planned) != {"model.safetensors"}:
         weight_map = {part.name: name for name, parts in planned.items() for part in parts}
         total = sum(tensor.nbytes for name in planned for tensor in read_header(folder.partial / name).tensors)
@@ -143,4 +144,4 @@ def _write_rest(
             continue
         if path.name != "config.json" and path.is_file() and path.stat().st_size <= _SMALL_FILE:
             folder.write(path.name, path.read_bytes())
-    folder.write_json("config.json", new_config(checkpoint.config, target, list(kept)))
+    folder.write_json("config.json", new_config(checkpoint.config, target, kept))

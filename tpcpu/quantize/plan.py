@@ -27,11 +27,15 @@ _PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class Treatment:
-    """What becomes of one tensor; `reason` says why one that multiplies is not quantised."""
+    """What becomes of one tensor; `reason` says why one that multiplies is not quantised.
+
+    `routes`: it chooses between experts, and stays as given where others are quantised.
+    """
 
     source: StoredTensor
     into: str  # nf4, int8, bfloat16, float16 or float32
     reason: str = ""
+    routes: bool = False
 
 
 def plan(checkpoint: Checkpoint, target: str) -> tuple[list[Treatment], tuple[str, ...]]:
@@ -83,7 +87,7 @@ def _treatment(tensor: StoredTensor, kind: Kind, target: str) -> Treatment:
     if target in ("bf16", "float32"):
         return Treatment(tensor, {"bf16": "bfloat16"}.get(target, target))
     if not kind.multiplies:
-        return Treatment(tensor, given)
+        return Treatment(tensor, given, routes=kind is Kind.ROUTER)
     if (columns := math.prod(tensor.shape[1:])) % BLOCK:
         return Treatment(tensor, given, f"rows of {columns} values are no multiple of {BLOCK}")
     return Treatment(tensor, target)
