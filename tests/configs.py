@@ -21,6 +21,14 @@ PUBLISHED = {
         "hidden_size": 8192, "intermediate_size": 32768, "num_hidden_layers": 84, "num_attention_heads": 64,
         "max_position_embeddings": 4096,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None,
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "attention_bias": False, "tie_word_embeddings": False, "vocab_size": 151936, "max_position_embeddings": 40960,
+        "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151645,
+    },
     "llama-1b": {
         "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_size": 2048,
         "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,

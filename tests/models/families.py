@@ -18,6 +18,7 @@ _SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
+_MIXTURE = _SHAPE | {"moe_intermediate_size": 140, "num_experts_per_tok": 3}
 _GEMMA = _SHAPE | {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 9}
 _BAICHUAN = {
     "model_type": "baichuan", "vocab_size": VOCAB, "hidden_size": 144, "intermediate_size": 172, "rms_norm_eps": 1e-6,
@@ -52,6 +53,21 @@ FAMILIES = {
     "mistral": Family("mistral", _SHAPE | {"head_dim": 24, "sliding_window": 9}),
     "qwen2": Family("qwen2", _SHAPE | _SOME_WINDOWS),
     "qwen3": Family("qwen3", _SHAPE | _SOME_WINDOWS | {"head_dim": 24}),
+    "mixtral": Family("mixtral", _SHAPE | {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 24}),
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        _MIXTURE
+        | _SOME_WINDOWS
+        | {"shared_expert_intermediate_size": 76, "num_experts": 5, "num_hidden_layers": 3, "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        _MIXTURE
+        | {
+            "num_experts": 6, "head_dim": 24, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1],
+            "use_sliding_window": True, "sliding_window": 9,
+        },
+    ),
     "phi3": Family(
         "phi3",
         _SHAPE

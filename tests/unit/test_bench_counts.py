@@ -91,6 +91,17 @@ def test_a_tally_is_what_the_plan_says(name, size, formats):
     assert (total.products > sizes[Kind.MATRIX]) if replicated else total.products == products
 
 
+def test_experts_that_a_token_leaves_out_are_not_counted():
+    config = PUBLISHED["qwen3-30b-a3b"] | {"num_hidden_layers": 2}
+    program, storage, packed = packed_model(config, Share(), "nf4", "int8")
+    total = tally(packed, cost.unread(program))
+    assert total.token_bytes == cost.weight_bytes_per_token([program], storage)
+    assert total.held_bytes == cost.memory(program, storage, 64).weights
+    sizes = [weight.size for weight in program.weights if "experts" in weight.name]
+    others = sum(w.size for w in program.weights if w.kind in (Kind.MATRIX, Kind.ROUTER)) - sum(sizes)
+    assert total.products == others + sum(sizes) * 8 // 128
+
+
 def test_single_scales_are_four_bytes_a_block():
     program = read_config(PUBLISHED["llama-1b"]).program(Share())
     weight = next(weight for weight in program.weights if weight.kind is Kind.MATRIX)

@@ -10,8 +10,8 @@ from tests.configs import PUBLISHED
 from tpcpu.models import read_config
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program import cost
-from tpcpu.program.cost import Storage
-from tpcpu.program.operations import AllReduce, Kind, Linear, Logits, ShortConv, Weight
+from tpcpu.program.cost import Storage, costs, memory, weight_bytes
+from tpcpu.program.operations import AllReduce, Experts, Kind, Linear, Logits, ShortConv, Weight
 
 BF16 = Storage("bf16", "bf16", "bf16")
 
@@ -33,6 +33,33 @@ def world(name, size):
 def test_parameters(name, count):
     """The published 2.1, 51.8 and 102.6 billion, to the last one; the 1.10 billion of the common small Llama."""
     assert cost.parameters(*world(name, 1)) == count
+
+
+def test_parameters_of_a_mixture():
+    """The published 30.5 billion, of which 3.3 are needed for a token."""
+    (program,) = world("qwen3-30b-a3b", 1)
+    assert cost.parameters(program) == 30_532_122_624
+    assert cost.parameters_of_token(program) == 3_353_032_704
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_mixture_reads_the_chosen_experts_only(size):
+    """Eight of 128 are read, all are kept, the router in the floats that it has; each rank has some of every one."""
+    model = read_config(PUBLISHED["qwen3-30b-a3b"] | {"num_hidden_layers": 1})
+    storage = Storage()
+    programs = [model.program(Share(rank, size)) for rank in range(size)]
+    for program in programs:
+        (op,) = (op for op in program.operations if isinstance(op, Experts))
+        (spent,) = (
+            one for op, one in zip(program.operations, costs(program, storage), strict=True) if isinstance(op, Experts)
+        )
+        one = sum(weight_bytes(weight, "nf4") for weight in op.experts[77].weights)
+        assert spent.weight_bytes == 8 * one
+        assert memory(program, storage, 64).weights == cost.total(costs(program, storage)).weight_bytes + 120 * one
+        (router,) = (weight for weight in program.weights if weight.kind is Kind.ROUTER)
+        assert (storage.of(router), router.size) == ("bf16", 128 * 2048)
+    held = sum(weight.size for program in programs for weight in program.weights if "experts" in weight.name)
+    assert held == 128 * 3 * 2048 * 768
 
 
 @pytest.mark.parametrize(

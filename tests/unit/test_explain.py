@@ -35,6 +35,19 @@ def explained(capsys):
     return call
 
 
+def test_experts_are_told(explained, config):
+    text = explained("--config", config("qwen3-30b-a3b", num_hidden_layers=3), "--ranks", "2", "--rank", "1").out
+    assert "2.49 billion parameters, 793.00 million for a token" in text.splitlines()[0]
+    route, *_ = [line for line in text.splitlines() if "route " in line]
+    assert "the 8 best of 128, their weights adding up to 1" in route
+    gate, up, down = [line for line in text.splitlines() if "mlp.experts.0-127" in line][:3]
+    assert "8 of 128 times rows 384-767 of 768 x 2048" in gate
+    assert "gate_proj" in gate
+    assert "up_proj" in up
+    assert "8 of 128 times columns 384-767 of 2048 x 768" in down
+    assert down.split()[-3:] == ["nf4", "3.25", "MB"]
+
+
 def test_the_reference_job_is_told(explained, config):
     text = explained("--config", config("yuan2-102b"), "--ranks", "4", "--rank", "1", "--threads", "32").out
     lines = text.splitlines()

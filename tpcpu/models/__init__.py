@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from tpcpu.errors import ConfigError, LaunchError
-from tpcpu.models import baichuan, chatglm, gemma, llama, mistral, phi3, qwen, qwen2, yuan
+from tpcpu.models import baichuan, chatglm, gemma, llama, mistral, mixtral, phi3, qwen, qwen2, qwen_moe, yuan
 from tpcpu.models.keys import shown
 from tpcpu.parallel.partition import Share
 from tpcpu.program.operations import Kind, Program
@@ -67,6 +67,10 @@ ARCHITECTURES = {
         mistral.from_dict, mistral.program, mistral.OPTIONAL_TENSORS,
         "Mistral", "sliding window; rotary embedding as Llama",
     ),
+    "mixtral": Architecture(
+        mixtral.from_dict, mixtral.program, mixtral.OPTIONAL_TENSORS,
+        "Mixtral", "mixture of experts; rotary embedding as Llama",
+    ),
     "phi3": Architecture(
         phi3.from_dict, phi3.program, phi3.OPTIONAL_TENSORS,
         "Phi-3, Phi-3.5, Phi-4 mini",
@@ -80,9 +84,17 @@ ARCHITECTURES = {
         qwen2.qwen2_from_dict, qwen2.program, qwen2.OPTIONAL_TENSORS,
         "Qwen2, Qwen2.5", "biases of q, k, v; windows of some layers; rotary embedding as Llama",
     ),
+    "qwen2_moe": Architecture(
+        qwen_moe.qwen2_from_dict, qwen_moe.program, qwen_moe.OPTIONAL_TENSORS,
+        "Qwen1.5-MoE, Qwen2-MoE", "mixture of experts, one of them shared behind a gate; else as Qwen2",
+    ),
     "qwen3": Architecture(
         qwen2.qwen3_from_dict, qwen2.program, qwen2.OPTIONAL_TENSORS,
         "Qwen3, dense", "norms of heads; windows of some layers; rotary embedding as Llama",
+    ),
+    "qwen3_moe": Architecture(
+        qwen_moe.qwen3_from_dict, qwen_moe.program, qwen_moe.OPTIONAL_TENSORS,
+        "Qwen3-MoE", "mixture of experts; else as Qwen3",
     ),
     "yuan": Architecture(
         yuan.YuanConfig.from_dict, yuan.program, yuan.OPTIONAL_TENSORS,

@@ -4,6 +4,7 @@ Source: Touvron et al., 2023 (arXiv 2302.13971, 2307.09288); names and keys as p
 families have in this frame, biases of some projections, norms of heads and windows of some layers, is in the config.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,14 @@ from tpcpu.models.keys import MAX_HEADS, MAX_LAYERS, MAX_WIDTH, Keys
 from tpcpu.models.rope import TYPES, RopeReader
 from tpcpu.parallel.partition import Share
 from tpcpu.program.builder import Builder
-from tpcpu.program.operations import BLOCK, Program
+from tpcpu.program.operations import BLOCK, Buffer, Program
 from tpcpu.program.rope import Rope
 
 OPTIONAL_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
 """Stored by some writers and not needed: frequencies that are computed anew, a head equal to a tied embedding."""
+
+FeedForward = Callable[[Builder, Buffer], Buffer]
+"""Adds what follows the second norm of a layer, whose result it is given; gives this rank's part of the sum."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class LlamaConfig:
     @classmethod
     def read(
         cls, keys: Keys, *, kv_heads: int | None = None, head_dim: int = 0, positions: int = 2048, eps: float = 1e-6,
-        types: tuple[str, ...] = TYPES, partial: bool = False,
+        theta: float = 10000.0, types: tuple[str, ...] = TYPES, partial: bool = False,
         qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False, head_norms: bool = False,
     ) -> "LlamaConfig":  # fmt: skip
         """What this frame's families have in common, without windows; the arguments are what a family means where
@@ -60,7 +64,7 @@ class LlamaConfig:
         keys.divisible("head_dim", dim, "the rotated pair", 2)
         layers = keys.integer("num_hidden_layers", maximum=MAX_LAYERS)
         positions = keys.integer("max_position_embeddings", positions)
-        rope, positions = RopeReader(dim, positions, partial=partial, types=types).read(keys)
+        rope, positions = RopeReader(dim, positions, theta, partial=partial, types=types).read(keys)
         return cls(
             hidden_size=hidden,
             intermediate_size=keys.integer("intermediate_size", maximum=MAX_WIDTH),
@@ -90,12 +94,25 @@ def from_dict(config: dict[str, Any]) -> LlamaConfig:
     return made
 
 
-def program(config: LlamaConfig, share: Share) -> Program:
+def feed_forward(p: Builder, module: str, n: Buffer, size: int, *, bias: bool = False) -> Buffer:
+    """This rank's part of a gated feed-forward layer of `size` features; `bias`: of gates and ups."""
+    hidden, features = n.width, p.share.split(size, BLOCK)
+    gate, up = p.linear(
+        n,
+        gate=p.matrix(f"{module}.gate_proj", (size, hidden), rows=features, bias=bias),
+        up=p.matrix(f"{module}.up_proj", (size, hidden), rows=features, bias=bias),
+    )
+    g = p.glu(gate, up, features, size)
+    (d,) = p.linear(g, down=p.matrix(f"{module}.down_proj", (hidden, size), columns=features))
+    return d
+
+
+def program(config: LlamaConfig, share: Share, layer_of: FeedForward | None = None) -> Program:
+    """`layer_of`: what a family has in the place of the feed-forward layer."""
     hidden, dim, ffn, eps = config.hidden_size, config.head_dim, config.intermediate_size, config.rms_norm_eps
     heads = HeadSplit(share, config.num_attention_heads, config.num_key_value_heads, dim)
     q_rows, kv_rows, _ = heads.rows
     full_q, full_kv, _ = heads.full_rows
-    features = share.split(ffn, BLOCK)
 
     p = Builder(share)
     x = p.embed("model.embed_tokens", config.vocab_size, hidden)
@@ -119,13 +136,7 @@ def program(config: LlamaConfig, share: Share) -> Program:
 
         mlp, bias = f"{layer}.mlp", config.mlp_bias
         n = p.rms_norm(x, f"{layer}.post_attention_layernorm", eps)
-        gate, up = p.linear(
-            n,
-            gate=p.matrix(f"{mlp}.gate_proj", (ffn, hidden), rows=features, bias=bias),
-            up=p.matrix(f"{mlp}.up_proj", (ffn, hidden), rows=features, bias=bias),
-        )
-        g = p.glu(gate, up, features, ffn)
-        (d,) = p.linear(g, down=p.matrix(f"{mlp}.down_proj", (hidden, ffn), columns=features))
+        d = layer_of(p, n) if layer_of else feed_forward(p, mlp, n, ffn, bias=bias)
         x = p.add(x, p.all_reduce(d), p.vector(f"{mlp}.down_proj.bias", hidden) if bias else None)
     p.layer = -1
     n = p.rms_norm(x, "model.norm", eps)
