@@ -56,6 +56,22 @@ def test_a_scaled_embedding_and_capped_logits(teams, form):
     check(model, model.finish(), teams, TOLERANCES["gate"])
 
 
+def test_what_is_no_number_stays_so(teams):
+    """Of one token, and of many: capped logits, and what a gate lets through."""
+    model, width = FakeModel(), 100
+    x, gate = model.normal(64, width), model.normal(64, 1)
+    x[3, 7] = gate[4] = np.nan
+    y = model.gated_add(model.inputs(x), model.inputs(model.normal(64, width)), model.inputs(gate))
+    model.tensors["identity.weight"] = Held.of(np.eye(width, dtype=np.float32), "float32")
+    model.logits(y, "identity", width, cap=30.0)
+    program = model.finish()
+    for team in teams:
+        bound = Bound(program, model.tensors, team)
+        for tokens in ([2], [3], [4], range(64)):
+            wrong = [token in (3, 4) for token in tokens]
+            assert (np.isnan(bound.run((tokens, 0, 0))).any(axis=1) == wrong).all()
+
+
 def model_row(model):
     return model.tensors["inputs0.weight"].values()[0]
 

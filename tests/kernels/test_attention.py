@@ -105,6 +105,19 @@ def test_variants(teams, variant, cache):
     check(model, program, teams, steps, cache=cache, context=300)
 
 
+@pytest.mark.parametrize("cache", ["float32", "bf16"])
+def test_keys_that_are_no_numbers(teams, cache):
+    """Who sees one is none either, token by token as in a prompt; who comes before it is spared."""
+    model, program = fake(40, 3, (0, 1, 1))
+    model.tensors["inputs1.weight"].stored[7] = np.nan
+    for team in teams:
+        bound = Bound(program, model.tensors, team, exact=cache == "float32", kv=cache)
+        steps = [([5, 6], 0, 0), ([7], 2, 0), ([8], 3, 0), (range(5, 45), 0, 1)]
+        for tokens, first, number in steps:
+            wrong = [first + place >= 2 for place in range(len(tokens))]
+            assert (np.isnan(bound.run((tokens, first, number))).any(axis=1) == wrong).all()
+
+
 def test_heads_of_a_share_lie_inside_their_blocks(teams):
     model, program = fake(24, 3, (0, 0, 1), local=Range(3, 6), full=8)
     out = program.operations[-2].out
