@@ -190,11 +190,17 @@ def read_shape(path: Path, formats: Sequence[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}; expected the config.json of a Llama model") from None
     model = read_config(config)
-    if not isinstance(model.config, LlamaConfig):
-        raise ConfigError(f"{path}: model_type is {model.model_type}, which llama.cpp cannot run; expected llama")
-    shape = dataclasses.asdict(model.config)
-    for key in ("attention_bias", "mlp_bias"):
-        if shape[key]:
+    # Others in Llama's frame have windows or norms besides.
+    if model.model_type != "llama" or not isinstance(model.config, LlamaConfig):
+        raise ConfigError(
+            f"{path}: model_type is {model.model_type}, of which no GGUF file is made here; expected llama"
+        )
+    rope = model.config.rope
+    if rope.scaling is not None:
+        raise ConfigError(f"{path}: its rotary embedding is scaled; the GGUF files made here have the default one")
+    shape = dataclasses.asdict(model.config) | {"rope_theta": rope.theta}
+    for key, biased in (("attention_bias", model.config.qkv_bias), ("mlp_bias", model.config.mlp_bias)):
+        if biased:
             raise ConfigError(f"{path}: {key} is true; no GGUF file with biases is made here, set it to false")
     try:
         for name in formats:

@@ -228,6 +228,6 @@ def test_missing_packages_are_named_with_what_installs_them(config, tmp_path):
 def test_what_cannot_be_compared_is_refused(config, tmp_path):
     yuan = tmp_path / "yuan.json"
     yuan.write_text(json.dumps(PUBLISHED["yuan2-2b"]))
-    assert "model_type is yuan, which llama.cpp cannot run; expected llama" in refused("--config", str(yuan))
+    assert "model_type is yuan, of which no GGUF file is made here; expected llama" in refused("--config", str(yuan))
     assert "nothing.json" in refused("--config", str(tmp_path / "nothing.json"))
     assert "/nowhere/python: No such file" in refused("--config", config, "--peer-python", "/nowhere/python")
