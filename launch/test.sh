@@ -13,7 +13,7 @@ property    60  360
 kernels    300 1500
 models     360  720
 mpi        240  960
-e2e        300 1200
+e2e        300 2400
 full      1800 3600
 "
 MPI_SIZES="1 2 3 4"
