@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.builder import Builder, Matrix
@@ -28,7 +29,7 @@ class HeadSplit:
         """The key/value heads that these read, which other ranks may hold too."""
         return self.local.blocks(self.heads // self.kv_heads)
 
-    @property
+    @cached_property  # one for all layers
     def kv_of(self) -> tuple[int, ...]:
         """For each query head the key/value head that it reads, counted among this rank's."""
         group, first = self.heads // self.kv_heads, self.local_kv.start
