@@ -246,7 +246,7 @@ run_tier() { # TIER LIMIT
         mpi | e2e) run_mpis "$1" "$2" ;;
         full) run_full "$2" ;;
         # tests of one process, on both cores; the others take them all, one after another
-        *) run_pytest "$1" "$2" "$PYTHON" "tests/$1" -m "not full" --numprocesses 2 --dist loadgroup ;;
+        *) run_pytest "$1" "$2" "$PYTHON" "tests/$1" -m "not full" --numprocesses 2 ;;
     esac
 }
 
