@@ -8,10 +8,10 @@ set -euo pipefail
 # tier, its budget in seconds on two cores, and the limit after which it is ended and counts as failed
 TIERS="
 lint       120  360
-unit        60  360
-property    60  360
+unit        60  720
+property    60  720
 kernels    300 1500
-models     360  720
+models     360 1200
 mpi        240  960
 e2e        300 2400
 full      1800 3600
