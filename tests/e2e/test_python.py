@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -374,10 +375,12 @@ def test_the_ranks_of_a_killed_script_are_gone_in_seconds(tmp_path):
 def test_a_killed_rank_is_an_error_of_the_script(tmp_path):
     with family([sys.executable, program(tmp_path, ENDLESS)], tmp_path) as started:
         started.say_until("begun")
-        os.kill(started.ranks()[1], signal.SIGKILL)
+        victim = started.ranks()[1]
+        os.kill(victim, signal.SIGKILL)
         code, _, err = started.end()
         assert code == 1
-        assert err.splitlines()[-1].startswith(f"tpcpu.errors.{RankError.__name__}: the ranks ended")
+        told = rf"tpcpu\.errors\.{RankError.__name__}: rank 1 on \S+ \(pid {victim}\) was killed by signal 9 .*"
+        assert re.fullmatch(told, err.splitlines()[-1]), err
         started.assert_nothing_left()
 
 
