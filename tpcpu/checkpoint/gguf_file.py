@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpcpu.checkpoint.header import StoredTensor
-from tpcpu.checkpoint.mapped import advise
+from tpcpu.checkpoint.mapped import Pages
 from tpcpu.errors import CheckpointError
 
 _NUMBERS = {
@@ -87,7 +87,7 @@ class _Cursor:
         return list(np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist())
 
 
-class GgufFile:
+class GgufFile(Pages):
     """A GGUF file. Views stay valid as long as they are held, also after `close`."""
 
     def __init__(self, path: Path, sizes: Sizes) -> None:
@@ -95,7 +95,7 @@ class GgufFile:
         self.path = path
         try:
             with open(path, "rb") as file:
-                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.metadata: dict[str, Any] = {}
             self._offsets: dict[str, int] = {}
             self.tensors = self._read(_Cursor(self._map), sizes)
@@ -178,14 +178,4 @@ class GgufFile:
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
         """Advice for the bytes `start` to `stop` of the tensor."""
         if self._map is not None and stop > start:
-            base = np.frombuffer(self._map, np.uint8).ctypes.data
-            advise(base + self._offsets[tensor.name] + start, stop - start, advice)
-
-    def close(self) -> None:
-        """Let go of the file; its pages go with the last view."""
-        mapping, self._map = self._map, None
-        try:
-            if mapping is not None:
-                mapping.close()
-        except BufferError:
-            pass  # views are still held
+            self._advise(self._offsets[tensor.name] + start, stop - start, advice)

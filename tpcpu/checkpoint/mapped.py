@@ -28,8 +28,28 @@ def advise(address: int, nbytes: int, advice: int) -> None:
         _libc.madvise(start, address + nbytes - start, advice)
 
 
-class MappedFile:
-    """A validated safetensors file. Views stay valid as long as they are held, also after `close`."""
+class Pages:
+    """A file that is mapped, of whatever format. Views stay valid as long as they are held, also after `close`."""
+
+    _map: mmap.mmap | None = None
+
+    def _advise(self, start: int, nbytes: int, advice: int) -> None:
+        """Advice for bytes of the file that is mapped."""
+        # Not the method of mmap: that holds the interpreter lock while the disk is waited for.
+        advise(np.frombuffer(self._map, np.uint8).ctypes.data + start, nbytes, advice)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Let go of the file; its pages go with the last view."""
+        mapping, self._map = self._map, None
+        try:
+            if mapping is not None:
+                mapping.close()
+        except BufferError:
+            pass  # views are still held
+
+
+class MappedFile(Pages):
+    """A validated safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +57,7 @@ class MappedFile:
         self.tensors = self.header.tensors
         try:
             with open(path, "rb") as file:
-                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be mapped: {error}") from None
         end = max((self.header.offsets[t.name] + t.nbytes for t in self.header.tensors), default=0)
@@ -65,15 +85,4 @@ class MappedFile:
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
         """Advice for the bytes `start` to `stop` of the tensor."""
         if self._map is not None and stop > start:
-            # Not the method of mmap: that holds the interpreter lock while the disk is waited for.
-            base = np.frombuffer(self._map, np.uint8).ctypes.data
-            advise(base + self.header.offsets[tensor.name] + start, stop - start, advice)
-
-    def close(self) -> None:
-        """Let go of the file; its pages go with the last view."""
-        mapping, self._map = self._map, None
-        try:
-            if mapping is not None:
-                mapping.close()
-        except BufferError:
-            pass  # views are still held
+            self._advise(self.header.offsets[tensor.name] + start, stop - start, advice)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from tpcpu.checkpoint import torch_pickle
 from tpcpu.checkpoint.header import NUMPY_DTYPES, StoredTensor
-from tpcpu.checkpoint.mapped import advise
+from tpcpu.checkpoint.mapped import Pages
 from tpcpu.checkpoint.torch_pickle import DTYPES, MAX_PICKLE_BYTES, RefusedError, Storage, Tensor
 from tpcpu.errors import CheckpointError
 
@@ -29,14 +29,14 @@ _OLD_BYTES = {"": 1, "complex64": 8, "complex128": 16} | {
 }
 
 
-class TorchFile:
+class TorchFile(Pages):
     """A torch file of tensors. Tensors that share memory (a tied head) are each there under their name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with open(path, "rb") as file:
-                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 is_zip = file.read(4) == b"PK\x03\x04"
                 value, runs = _zip_file(file, len(self._map)) if is_zip else _old_file(file, len(self._map))
             self._tensors = torch_pickle.tensors(value)
@@ -95,17 +95,7 @@ class TorchFile:
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None:
         """Advice for the bytes `start` to `stop` of the tensor."""
         if self._map is not None and stop > start and self.is_mapped(tensor):
-            base = np.frombuffer(self._map, np.uint8).ctypes.data
-            advise(base + self._starts[tensor.name] + start, stop - start, advice)
-
-    def close(self) -> None:
-        """Let go of the file; its pages go with the last view."""
-        mapping, self._map = self._map, None
-        try:
-            if mapping is not None:
-                mapping.close()
-        except BufferError:
-            pass  # views are still held
+            self._advise(self._starts[tensor.name] + start, stop - start, advice)
 
 
 def _count(tensor: Tensor) -> int:
