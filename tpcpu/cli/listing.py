@@ -14,6 +14,7 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    ExpertAttention,
     Experts,
     Kind,
     Linear,
@@ -114,7 +115,7 @@ def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, 
         stored = storage.of(weight)
         # Of the embedding one row is read; everything else is read whole.
         count = one.other_bytes if isinstance(operation, Embed) else cost.weight_bytes(weight, stored)
-        short = " ".join([weight.name.split(layer)[-1].removesuffix(".weight"), weight.section]).rstrip()
+        short = _short(weight, layer)
         short += " + bias" if bias else ""
         rows.append(Row("", "", "", short, first.part or _part(weight), stored, size(count)))
     if not rows:
@@ -128,9 +129,14 @@ def _experts(operation: Experts, first: Row, layer: str, storage: cost.Storage) 
     for weight in operation.experts[0].weights:
         stored = storage.of(weight)
         nbytes = operation.top * cost.weight_bytes(weight, stored)
-        name = weight.name.split(layer)[-1].removesuffix(".weight").replace(".0.", f".0-{count - 1}.", 1)
+        name = _short(weight, layer).replace(".0.", f".0-{count - 1}.", 1)
         rows.append(Row("", "", "", name, f"{operation.top} of {count} times {_part(weight)}", stored, size(nbytes)))
     return [rows[0]._replace(wait=first.wait, operation=first.operation, data=first.data), *rows[1:]]
+
+
+def _short(weight: Weight, layer: str) -> str:
+    """A weight's name inside its layer, and which of those in a tensor it is."""
+    return " ".join([weight.name.split(layer, 1)[-1].removesuffix(".weight"), weight.section]).rstrip()
 
 
 def _data(operation: Operation, labels: dict[Buffer, str]) -> str:
@@ -161,6 +167,8 @@ def _note(operation: Operation, one: cost.Cost, program: Program) -> str:
             if rope.scaling is not None:
                 turned += f" {type(rope.scaling).__name__.removesuffix('Scaling').lower()}"
             return f"{q.count} q, {k.count} kv heads of {k.dim}, {turned}; writes {size(one.cache_bytes)}"
+        case ExpertAttention(out=out):
+            return f"each of {out.width} experts attends to all"
         case Route(scores=scores, top=top, normalised=normalised):
             return f"the {top} best of {scores.width}" + (", their weights adding up to 1" if normalised else "")
         case Attention():

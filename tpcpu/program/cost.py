@@ -22,6 +22,7 @@ from tpcpu.program.operations import (
     AllReduce,
     Attention,
     Embed,
+    ExpertAttention,
     Experts,
     GatedAdd,
     Glu,
@@ -190,6 +191,9 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             return Cost(operations=(4 if operation.activation is Activation.SILU else 8) * len(operation.out.own))
         case GatedAdd():
             return Cost(operations=2 * operation.out.width + 3)
+        case ExpertAttention():
+            # A product, its part of the softmax, and of the sum: for every pair.
+            return Cost(operations=6 * operation.out.width**2)
         case Route():
             # The softmax, and a look at every score for each choice.
             return Cost(operations=(2 + operation.top) * operation.scores.width)
@@ -243,8 +247,8 @@ def parameters(program: Program) -> int:
 
 def parameters_of_token(program: Program) -> int:
     """Those of them that one token needs: less where it chooses between experts."""
-    left = unread(program)
-    return parameters(program) - sum(math.prod(each.full_shape) for each in program.weights if each in left)
+    left = {weight.name: math.prod(weight.full_shape) for weight in unread(program)}
+    return parameters(program) - sum(left.values())
 
 
 def unread(program: Program) -> set[Weight]:
