@@ -119,6 +119,29 @@ def test_weights_of_a_choice(teams, experts, normalised):
     check(model, model.result(y), teams, True)
 
 
+@pytest.mark.parametrize("experts", [1, 15, 16, 33])
+def test_experts_that_attend_to_one_another(teams, experts):
+    """Large products, equal ones, and nothing at all among them."""
+    model = FakeModel()
+    q, k, v = (model.normal(64, experts) for _ in range(3))
+    q[3], k[4], k[5] = 0, 0, k[5, 0]
+    q[6] *= 30
+    k[6] *= 30
+    program = model.result(model.expert_attention(*map(model.inputs, (q, k, v))))
+    check(model, program, teams, True)
+
+
+def test_a_product_that_is_no_number_spoils_its_token(teams):
+    model = FakeModel()
+    q, k, v = (model.normal(64, 9) for _ in range(3))
+    q[3, 1], k[4, 8], v[5, 0] = np.nan, np.inf, np.nan
+    program = model.result(model.expert_attention(*map(model.inputs, (q, k, v))))
+    for team in teams:
+        found = Bound(program, model.tensors, team).run((range(9), 0, 0))
+        assert np.isnan(found[3:6]).all()
+        assert np.isfinite(found[[0, 1, 2, 6, 7, 8]]).all()
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 def test_scores_that_are_no_numbers(teams, normalised):
     """A token gone wrong stays so, reads nothing that is not there, and leaves others alone."""

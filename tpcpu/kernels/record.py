@@ -111,6 +111,9 @@ SILU, GELU_TANH = 0, 1
 GATE = 33
 """One float32 a token, whose sigmoid is what `SECOND` is multiplied with before it is added."""
 GATE_STRIDE = 34
+THIRD = 35
+"""A third input, where there is one."""
+THIRD_STRIDE = 36
 
 # Operands of an exchange.
 SEND = 5

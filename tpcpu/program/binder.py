@@ -6,7 +6,7 @@ Knows which kernel does what, and where what it needs lies; nothing of time and 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpcpu.kernels import activations, attention, attention_pieces, exchange, kv_cache, messages, taps
+from tpcpu.kernels import activations, attention, attention_pieces, exchange, expert_attention, kv_cache, messages, taps
 from tpcpu.kernels import record as R
 from tpcpu.parallel.communicator import AllReduce as AllReduceCall
 from tpcpu.parallel.exchanges import HostsRoom, exchange_records, messages_of
@@ -21,6 +21,7 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    ExpertAttention,
     Experts,
     GatedAdd,
     Glu,
@@ -130,6 +131,8 @@ class Binder:
                 self._glu(op, stage.rounded)
             case (GatedAdd() as op,):
                 self._gated_add(op)
+            case (ExpertAttention() as op,):
+                self._expert_attention(op)
             case (Route() as route, Experts() as op):
                 self._experts(route, op, stage.from_copy)
             case (AllReduce() as op,):
@@ -191,6 +194,11 @@ class Binder:
         x, y, gate, out = self.buffers[op.x], self.buffers[op.y], self.buffers[op.gate], self.buffers.new(op.out)
         words = {**_between(x, out, op.x.width), R.SECOND: y.address, R.SECOND_STRIDE: y.stride}
         self.records.add(activations.gated_add, {**words, R.GATE: gate.address, R.GATE_STRIDE: gate.stride})
+
+    def _expert_attention(self, op: ExpertAttention) -> None:
+        q, k, v, out = self.buffers[op.q], self.buffers[op.k], self.buffers[op.v], self.buffers.new(op.out)
+        words = {**_between(q, out, op.out.width), R.SECOND: k.address, R.SECOND_STRIDE: k.stride}
+        self.records.add(expert_attention.attend, {**words, R.THIRD: v.address, R.THIRD_STRIDE: v.stride})
 
     def _experts(self, route: Route, op: Experts, from_copy: bool) -> None:
         copies = self._copies_of(op.x) if from_copy else 0

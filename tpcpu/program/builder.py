@@ -18,6 +18,7 @@ from tpcpu.program.operations import (
     Buffer,
     Embed,
     Expert,
+    ExpertAttention,
     Experts,
     GatedAdd,
     Glu,
@@ -163,6 +164,13 @@ class Builder:
         """Adds to x what a token's gate, a buffer of one column, lets through of y."""
         out = self._buffer("hidden", x.width)
         self._emit(GatedAdd(x, y, gate, out))
+        return out
+
+    def expert_attention(self, q: Buffer, k: Buffer, v: Buffer) -> Buffer:
+        """Scores of experts, each of which attends to all; q, k and v have a column for each."""
+        assert q.width == k.width == v.width, (q, k, v)
+        out = self._buffer("scores", q.width)
+        self._emit(ExpertAttention(q, k, v, out))
         return out
 
     def experts(

@@ -21,6 +21,7 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    ExpertAttention,
     Experts,
     GatedAdd,
     Glu,
@@ -107,7 +108,7 @@ def _is_read_rounded(buffer: Buffer, following: Sequence[Operation], integer: Co
     for operation in following:
         if isinstance(operation, Linear | Experts | Logits) and id(operation) in integer:
             return operation.x is buffer
-        if not isinstance(operation, Linear | Route):
+        if not isinstance(operation, Linear | ExpertAttention | Route):
             break
     return False
 
@@ -199,6 +200,9 @@ class _Meetings:
                         self._overwrite(operation.out.width)
                     if operation.out.own.start == 0:
                         self._copies[type(operation), operation.out.width] = operation.out, rounded
+                case ExpertAttention():
+                    waits |= self._meet_for(whole=inputs(operation))
+                    self._write(operation.out, by_slices=False)
                 case RopeAndStore():
                     waits |= self._meet_for(whole=inputs(operation))
                 case Attention():

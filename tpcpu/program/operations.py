@@ -232,6 +232,20 @@ class GatedAdd:
 
 
 @dataclass(frozen=True)
+class ExpertAttention:
+    """out_i = sum over j of softmax_j(q_i * k_j) v_j, for the experts i and j of each token.
+
+    Attention of experts to one another, each a head of one dimension: a router that sees how they go together
+    (Yuan 2.0-M32).
+    """
+
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    out: Buffer
+
+
+@dataclass(frozen=True)
 class Route:
     """The `top` experts of each token: out = their numbers, then their weights, largest first.
 
@@ -299,8 +313,8 @@ class Logits:
 
 
 Operation = (
-    Embed | Add | GatedAdd | RmsNorm | Linear | ShortConv | RopeAndStore | Attention | Glu | Route | Experts | AllReduce
-    | Logits
+    Embed | Add | GatedAdd | RmsNorm | Linear | ShortConv | RopeAndStore | Attention | Glu | ExpertAttention | Route
+    | Experts | AllReduce | Logits
 )  # fmt: skip
 
 
@@ -319,6 +333,8 @@ def inputs(operation: Operation) -> tuple[Buffer, ...]:
             return (operation.activated, operation.linear)
         case GatedAdd():
             return (operation.x, operation.y, operation.gate)
+        case ExpertAttention():
+            return (operation.q, operation.k, operation.v)
         case Route():
             return (operation.scores,)
         case Experts():

@@ -28,6 +28,7 @@ from tpcpu.program.operations import (
     Attention,
     Buffer,
     Embed,
+    ExpertAttention,
     Experts,
     GatedAdd,
     Glu,
@@ -132,6 +133,14 @@ def sigmoid(x: Array) -> Array:
 def silu(x: Array) -> Array:
     """x * sigmoid(x)"""
     return x * sigmoid(x)
+
+
+def attend_experts(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k^T) v of each token, its experts being heads of one dimension: (tokens, experts)."""
+    scores = q[:, :, None] * k[:, None, :]
+    e = np.exp(scores - scores.max(axis=2, keepdims=True))
+    attended: Array = (e * v[:, None, :]).sum(axis=2) / e.sum(axis=2)
+    return attended
 
 
 def choose(scores: Array, top: int, normalised: bool) -> Array:
@@ -374,6 +383,8 @@ class _Rank:
                 out[:, own] = _ACTIVATIONS[operation.activation](x[operation.activated]) * x[operation.linear]
             case GatedAdd():
                 out[:] = x[operation.x] + sigmoid(x[operation.gate]) * x[operation.y]
+            case ExpertAttention():
+                out[:] = attend_experts(x[operation.q], x[operation.k], x[operation.v])
             case Route():
                 out[:] = choose(x[operation.scores], operation.top, operation.normalised)
             case Experts():
