@@ -21,6 +21,15 @@ PUBLISHED = {
         "hidden_size": 8192, "intermediate_size": 32768, "num_hidden_layers": 84, "num_attention_heads": 64,
         "max_position_embeddings": 4096,
     },
+    "yuan2-m32": _YUAN | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "attention_projection_size": 4096, "max_position_embeddings": 4096, "reset_attention_mask": False,
+        "use_moe": True, "output_router_logits": True,
+        "moe_config": {
+            "moe_num_experts": 32, "moe_top_k": 2, "norm_topk_prob": True, "gated_linear_unit": True,
+            "ffn_hidden_size": 8192,
+        },
+    },
     "qwen3-30b-a3b": {
         "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None,
         "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,

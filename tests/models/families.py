@@ -24,6 +24,12 @@ _BAICHUAN = {
     "model_type": "baichuan", "vocab_size": VOCAB, "hidden_size": 144, "intermediate_size": 172, "rms_norm_eps": 1e-6,
     "num_hidden_layers": 2, "num_attention_heads": 6, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
+_YUAN = {
+    "model_type": "yuan", "vocab_size": VOCAB, "hidden_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "tie_word_embeddings": True, "causal_mask": True, "use_flash_attention": True, "reset_attention_mask": True,
+    "reset_position_ids": True, "use_loss_mask": False,
+}  # fmt: skip
 
 
 def _rope(kind: str, **values: Any) -> dict[str, Any]:
@@ -105,6 +111,19 @@ FAMILIES = {
             "attention_softmax_in_fp32": True, "fp32_residual_connection": False,
         },
         "chatglm",
+    ),
+    "yuan": Family("yuan", _YUAN | {"intermediate_size": 172}, "yuan"),
+    "yuan-m32": Family(
+        "yuan",
+        _YUAN
+        | {
+            "attention_projection_size": 144, "use_moe": True, "output_router_logits": True, "rope_theta": 40890.0,
+            "moe_config": {
+                "moe_num_experts": 7, "moe_top_k": 2, "norm_topk_prob": True, "gated_linear_unit": True,
+                "ffn_hidden_size": 140,
+            },
+        },
+        "yuan",
     ),
     "baichuan2-7b": Family("baichuan", _BAICHUAN | {"max_position_embeddings": 128}, "baichuan"),
     "baichuan2-13b": Family("baichuan", _BAICHUAN | {"model_max_length": 128}, "baichuan"),

@@ -7,7 +7,7 @@ package: complex rotations, whole masks, no cache.
 import math
 
 import torch
-from torch.nn.functional import linear, normalize, silu
+from torch.nn.functional import conv2d, linear, normalize, silu
 
 
 def chatglm(config, t, ids):
@@ -60,6 +60,56 @@ def baichuan(config, t, ids):
         gate, up = (linear(n, t[f"{name}.mlp.{part}_proj.weight"]) for part in ("gate", "up"))
         x = x + linear(silu(gate) * up, t[f"{name}.mlp.down_proj.weight"])
     return linear(_norm(x, t["model.norm.weight"], eps), normalize(t["lm_head.weight"]))
+
+
+def yuan(config, t, ids):
+    """The code of `IEITYuan/Yuan2-2B-hf` and `Yuan2-M32-hf`, angles in float32 as their servers have them."""
+    heads, eps, experts = config["num_attention_heads"], config["rms_norm_eps"], config.get("moe_config")
+    turned, base = config["hidden_size"] // heads, config.get("rope_theta", 10000.0)
+
+    def turn(x):
+        return torch.cat([_turn_halves(x[..., :turned], base), x[..., turned:]], -1)
+
+    def filtered(x, name):
+        inner = x.T[None, :, :, None]
+        for conv in ("conv1", "conv2"):
+            # Zeros on both sides, and what the zeros behind the text make is dropped.
+            weight, bias = t[f"{name}.{conv}.weight"], t[f"{name}.{conv}.bias"]
+            inner = conv2d(inner, weight, bias, padding=(1, 0))[:, :, : len(x)]
+        return _norm(inner[0, :, :, 0].T + x, t[f"{name}.output_layernorm.weight"], 1e-6)
+
+    def mixture(n, name):
+        q, k, v = (linear(n, t[f"{name}.gate.{part}.weight"]) for part in ("query", "key", "value"))
+        scores = ((q[:, :, None] @ k[:, None, :]).softmax(-1) @ v[:, :, None])[:, :, 0]
+        weights, chosen = scores.softmax(-1).topk(experts["moe_top_k"])
+        if experts["norm_topk_prob"]:
+            weights = weights / weights.sum(-1, keepdim=True)
+        rows = []
+        for token in range(len(n)):
+            total = torch.zeros(n.shape[1])
+            for weight, number in zip(weights[token], chosen[token].tolist(), strict=True):
+                opened, other = linear(n[token], t[f"{name}.experts.{number}.w1.weight"]).chunk(2)
+                total += weight * linear(silu(opened) * other, t[f"{name}.experts.{number}.w2.weight"])
+            rows.append(total)
+        return torch.stack(rows)
+
+    x = t["model.embed_tokens.weight"][ids]
+    for i in range(config["num_hidden_layers"]):
+        name = f"model.layers.{i}"
+        attn, mlp = f"{name}.self_attn", f"{name}.mlp"
+        n = _norm(x, t[f"{name}.input_layernorm.weight"], eps)
+        v = linear(n, t[f"{attn}.v_proj.weight"]).unflatten(-1, (heads, -1))
+        u = filtered(n, f"{attn}.lf_gate")
+        both = torch.cat([linear(u, t[f"{attn}.{part}_proj.weight"]) for part in "qk"], -1)
+        q, k = both.unflatten(-1, (heads, -1)).chunk(2, -1)
+        x = x + linear(_attend(turn(q), turn(k), v), t[f"{attn}.o_proj.weight"])
+        n = _norm(x, t[f"{name}.post_attention_layernorm.weight"], eps)
+        if experts:
+            x = x + mixture(n, mlp)
+        else:
+            gate, up = (linear(n, t[f"{mlp}.{part}_proj.weight"]) for part in ("gate", "up"))
+            x = x + linear(gate * silu(up), t[f"{mlp}.down_proj.weight"])
+    return linear(_norm(x, t["model.norm.weight"], eps), t["model.embed_tokens.weight"])
 
 
 def qwen(config, t, ids):

@@ -82,10 +82,34 @@ def test_other_architectures_are_refused_by_name(model_type):
     assert ", ".join(ARCHITECTURES) in message
 
 
-def test_an_expert_model_that_calls_itself_yuan_is_refused():
-    assert "use_moe" in refused(YUAN | {"use_moe": True})
-    assert "moe_config" in refused(YUAN | {"moe_config": {"moe_num_experts": 32}})
-    assert "attention_projection_size" in refused(YUAN | {"attention_projection_size": 512})
+MIXTURE = {"moe_num_experts": 32, "moe_top_k": 2, "ffn_hidden_size": 256}
+
+
+def test_experts_of_yuan():
+    """The released code has 10000 for the base, the authors' scripts 40890: a key tells them apart."""
+    config = read_config(YUAN | {"moe_config": MIXTURE, "attention_projection_size": 512}).config
+    assert (config.head_dim, config.rotated, config.rope_theta) == (128, 64, 10000.0)
+    assert config.experts.normalised
+    assert read_config(YUAN | {"moe_config": MIXTURE, "rope_theta": 40890}).config.rope_theta == 40890.0
+    assert read_config(YUAN | {"moe_config": {}, "use_moe": False}).config.experts is None
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("moe_config.moe_num_experts", {"use_moe": True}),
+        ("use_moe", {"use_moe": False, "moe_config": MIXTURE}),
+        ("moe_config", {"moe_config": [32, 2]}),
+        ("moe_config.moe_top_k", {"moe_config": MIXTURE | {"moe_top_k": 33}}),
+        ("moe_config.ffn_hidden_size", {"moe_config": MIXTURE | {"ffn_hidden_size": "256"}}),
+        ("moe_config.gated_linear_unit", {"moe_config": MIXTURE | {"gated_linear_unit": False}}),
+        ("moe_config.moe_of_tomorrow", {"moe_config": MIXTURE | {"moe_of_tomorrow": 1}}),
+        ("attention_projection_size", {"attention_projection_size": 128}),
+        ("attention_projection_size", {"attention_projection_size": 513}),
+    ],
+)
+def test_wrong_experts_of_yuan_are_refused(key, values):
+    assert f"{key} " in refused(YUAN | values)
 
 
 @pytest.mark.parametrize("base", [LLAMA, YUAN], ids=["llama", "yuan"])
@@ -144,7 +168,7 @@ def test_a_switch_that_is_on_is_not_taken_for_the_number_one():
     assert "use_sliding_window" in refused(LLAMA | {"use_sliding_window": True})
 
 
-@pytest.mark.parametrize(("key", "value"), [("use_shareqk", True), ("use_moe", True), ("use_shareqk", "yes")])
+@pytest.mark.parametrize(("key", "value"), [("use_shareqk", True), ("use_moe", "yes"), ("use_shareqk", "yes")])
 def test_variants_of_yuan_are_refused(key, value):
     assert key in refused(YUAN | {key: value})
 

@@ -35,11 +35,15 @@ def test_parameters(name, count):
     assert cost.parameters(*world(name, 1)) == count
 
 
-def test_parameters_of_a_mixture():
-    """The published 30.5 billion, of which 3.3 are needed for a token."""
-    (program,) = world("qwen3-30b-a3b", 1)
-    assert cost.parameters(program) == 30_532_122_624
-    assert cost.parameters_of_token(program) == 3_353_032_704
+@pytest.mark.parametrize(
+    ("name", "count", "of_token"),
+    [("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704), ("yuan2-m32", 39_942_842_368, 3_704_055_808)],
+)
+def test_parameters_of_a_mixture(name, count, of_token):
+    """The published 30.5 and 40 billion, of which 3.3 and 3.7 are needed for a token."""
+    (program,) = world(name, 1)
+    assert cost.parameters(program) == count
+    assert cost.parameters_of_token(program) == of_token
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -46,6 +46,18 @@ def test_experts_are_told(explained, config):
     assert "up_proj" in up
     assert "8 of 128 times columns 384-767 of 2048 x 768" in down
     assert down.split()[-3:] == ["nf4", "3.25", "MB"]
+    # The number of an expert was once taken for that of its layer.
+    assert "layers 0-2, all alike" in text
+
+
+def test_a_router_that_attends_is_told(explained, config):
+    text = explained("--config", config("yuan2-m32", num_hidden_layers=2)).out
+    assert "each of 32 experts attends to all" in text
+    opened, up, *_ = [line for line in text.splitlines() if "mlp.experts.0-31" in line]
+    assert "w1 gate" in opened
+    assert "2 of 32 times rows 0-8191 of 16384 x 2048" in opened
+    assert "w1 up" in up
+    assert "2 of 32 times rows 8192-16383 of 16384 x 2048" in up
 
 
 def test_the_reference_job_is_told(explained, config):

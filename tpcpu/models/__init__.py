@@ -98,8 +98,8 @@ ARCHITECTURES = {
     ),
     "yuan": Architecture(
         yuan.YuanConfig.from_dict, yuan.program, yuan.OPTIONAL_TENSORS,
-        "Yuan 2.0 2B, 51B, 102B",
-        "localised filtering convolutions, its tokenizer's rules",
+        "Yuan 2.0 2B, 51B, 102B, M32",
+        "localised filtering convolutions; M32's experts behind an attention router; its tokenizer's rules",
     ),
 }  # fmt: skip
 """By the `model_type` of config.json."""
