@@ -81,7 +81,9 @@ def test_a_product_with_a_random_weight_keeps_the_size_of_its_input(teams, form,
     for team in teams:
         (weight,) = (each for each in program.weights if each.kind is Kind.HEAD)
         nbytes = packed_bytes(len(weight.rows), 2048, form)
-        packed = Packer(team, arena(nbytes)).fill(weight, Noise(form, 1 / math.sqrt(2048), 9))
+        packer = Packer(team, arena(nbytes))
+        packed = packer.fill(weight, Noise(form, 1 / math.sqrt(2048), 9))
+        packer.flush()
         assert nbytes - 128 < packed.nbytes <= 1.01 * nbytes
         (table,) = (each for each in program.weights if each.kind is Kind.EMBEDDING)
         weights = {weight.key: packed, table.key: Table(x, R.FLOAT32)}

@@ -93,6 +93,7 @@ class FakeWeights:
                     weights[key] = packer.fill(weight, Noise(self._form(weight), deviation, seed))
                     self.loaded_bytes += self._sizes[key]
             progress.advance(self.loaded_bytes, total)
+        packer.flush()
         return weights, memory
 
     def close(self) -> None:

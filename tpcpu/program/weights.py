@@ -202,6 +202,8 @@ class Packer:
         self._team = team
         self._arena = arena
         self._used = 0
+        self._waiting: list[NDArray[np.int64]] = []
+        self._waiting_bytes = 0
 
     def pack(self, weight: Weight, source: Source) -> Packed:
         """Copies `source` into panels. Every thread writes the panels that it packs: first touch places the pages."""
@@ -218,15 +220,29 @@ class Packer:
         return self._finish(weight, source, values, scales)
 
     def fill(self, weight: Weight, noise: Noise) -> Packed:
-        """Random contents in the place of a source's, written by the threads that would pack it."""
+        """Random contents in the place of a source's, written by the threads that would pack it, at the latest by `flush`.
+
+        Many at a time: waiting for each other over each of the small matrices of experts takes threads longer than writing.
+        """
         values, scales = self._places(weight, noise.form)
         panels = -(-len(weight.rows) // PANEL_ROWS)
         regions = zip((values, scales), _sizes(len(weight.rows), len(weight.columns), noise.form), strict=True)
         drawn = zip(regions, noise.draws(), strict=True)
-        jobs = [draw.record(address, nbytes, panels) for (address, nbytes), draw in drawn if draw and nbytes]
-        if jobs:
-            self._team.run(np.concatenate(jobs))
+        for (address, nbytes), draw in drawn:
+            if draw and nbytes:
+                self._waiting.append(draw.record(address, nbytes, panels))
+                self._waiting_bytes += nbytes
+        if self._waiting_bytes > _TOGETHER:
+            self.flush()
         return self._finish(weight, noise.tables(weight), values, scales)
+
+    def flush(self) -> None:
+        """Writes what still waits to be filled."""
+        if self._waiting:
+            records = np.concatenate(self._waiting)
+            records[:-1, R.BARRIER] = 0
+            self._team.run(records)
+            self._waiting, self._waiting_bytes = [], 0
 
     def _places(self, weight: Weight, form: int) -> tuple[int, int]:
         """Addresses for packed values and for scales."""
@@ -282,6 +298,9 @@ class Packer:
         record[0, R.P_MAPPED] = mapped
         return record
 
+
+_TOGETHER = 2**26
+"""Bytes that are filled between two waits."""
 
 _IDLE_STEP = np.zeros(R.STEP_WORDS, np.int64)
 """Packing looks at no batch."""
