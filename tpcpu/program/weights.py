@@ -220,9 +220,10 @@ class Packer:
         return self._finish(weight, source, values, scales)
 
     def fill(self, weight: Weight, noise: Noise) -> Packed:
-        """Random contents in the place of a source's, written by the threads that would pack it, at the latest by `flush`.
+        """Random contents in the place of a source's, written by `flush` at the latest.
 
-        Many at a time: waiting for each other over each of the small matrices of experts takes threads longer than writing.
+        Many at a time, by the threads that would pack them: for the small matrices of experts threads would wait for
+        each other longer than they write.
         """
         values, scales = self._places(weight, noise.form)
         panels = -(-len(weight.rows) // PANEL_ROWS)
