@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.binding import TOLERANCES, Bound, FakeModel, assert_close, expected, reference, same_bits
+from tests.kernels.binding import TOLERANCES, Bound, FakeModel, Held, assert_close, expected, reference, same_bits
 from tpcpu.kernels import attention
 from tpcpu.kernels import record as R
 from tpcpu.kernels.attention_pieces import BLOCK_ROWS, part_bytes
@@ -17,7 +17,8 @@ VOCAB = 300
 
 
 def fake(
-    dim, heads, kv_of, *, stacked=False, local=None, full=None, window=0, seed=0, rope=None, norms=False, **scores
+    dim, heads, kv_of, *, stacked=False, local=None, full=None, window=0, seed=0, rope=None, norms=False, sinks=None,
+    **scores,
 ):  # fmt: skip
     """Attention of `heads` over `max(kv_of) + 1` key/value heads; `stacked`: q and k alternate in one buffer."""
     model = FakeModel(seed)
@@ -34,6 +35,9 @@ def fake(
         model.hold((weight, None), "float32", 1 + model.normal(dim) / 4)
     rotated = model.rope_and_store(q, k, v, rope or Rope(10000.0, dim), weights, 1e-6)
     local = local or Range(0, heads)
+    if sinks is not None:
+        scores["sinks"] = model.vector("sinks", heads)
+        model.tensors["sinks"] = Held.of(np.array(sinks), "float32")
     return model, model.result(model.attention(rotated, local, full or heads, kv_of, dim**-0.5, window, **scores))
 
 
@@ -86,8 +90,12 @@ VARIANTS = {
     "nothing is rotated": {"rope": Rope(10000.0, 0), "slopes": (0.5, 0.25, 0.0)},
     "a longer base behind some position": {"rope": Rope(10000.0, 40, DynamicScaling(4.0, 100), 1.25)},
     "scores are capped": {"cap": 2.0},
-    "all at once": {"rope": Rope(500.0, 32), "norms": True, "cap": 3.0, "slopes": (1.0, 0.01, 2.0), "window": 30},
-}
+    "sinks": {"sinks": (3.0, -1.0, 0.5), "window": 30},
+    "all at once": {
+        "rope": Rope(500.0, 32), "norms": True, "cap": 3.0, "slopes": (1.0, 0.01, 2.0), "window": 30,
+        "sinks": (1.0, 2.0, -3.0),
+    },
+}  # fmt: skip
 
 
 @each_cache
@@ -116,6 +124,25 @@ def test_keys_that_are_no_numbers(teams, cache):
         for tokens, first, number in steps:
             wrong = [first + place >= 2 for place in range(len(tokens))]
             assert (np.isnan(bound.run((tokens, first, number))).any(axis=1) == wrong).all()
+
+
+def test_sinks_in_numbers(teams):
+    """Against the formula: one column of scores more, of which the softmax's weights are dropped."""
+    sinks = np.array([0.0, 5.0, -5.0, 200.0, -200.0], np.float32)
+    model, program = fake(16, 5, (0, 0, 1, 1, 1), sinks=sinks, rope=Rope(10000.0, 0))
+    q, k, v = (model.tensors[f"inputs{number}.weight"].stored.astype(np.float64) for number in range(3))
+    keys, values = (each[:300].reshape(300, 2, 16)[:, [0, 0, 1, 1, 1]] for each in (k, v))
+    scores = np.einsum("hd,phd->hp", q[299].reshape(5, 16), keys) / 4
+    scores = np.concatenate((scores, sinks[:, None]), axis=1)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights = (weights / weights.sum(axis=1, keepdims=True))[:, :-1]
+    wanted = np.einsum("hp,phd->hd", weights, values).ravel()
+    for team in teams:
+        bound = Bound(program, model.tensors, team, exact=True, tokens=300, context=300)
+        many = bound.run((range(299), 0, 0), wanted=[298])
+        assert np.isfinite(many).all()
+        one = bound.run(([299], 299, 0))
+        assert np.abs(one - wanted).max() < 1e-5
 
 
 def test_heads_of_a_share_lie_inside_their_blocks(teams):

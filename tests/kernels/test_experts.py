@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests.kernels.binding import TOLERANCES, Bound, FakeModel, Held, assert_close, expected, reference, same_bits
-from tpcpu.parallel.partition import Range
-from tpcpu.program.operations import Kind
+from tpcpu.parallel.partition import Range, Share
+from tpcpu.program.operations import Clamp, Kind
 
 COUNTS = (64, 1, 2, 9, 50)
 ARITHMETICS = [("nf4", False), ("nf4", True), ("int8", False), ("bf16", True), ("nf4-single", False)]
@@ -13,17 +13,19 @@ each_arithmetic = pytest.mark.parametrize(("form", "exact"), ARITHMETICS)
 
 
 def mixture(
-    model, x, scores, *, form="nf4", experts=7, top=2, hidden=64, full=256, features=None, normalised=True, forms=None
+    model, x, scores, *, form="nf4", experts=7, top=2, hidden=64, full=256, features=None, normalised=True, forms=None,
+    bias=False, clamp=None,
 ):  # fmt: skip
     """A mixture over inputs `x`, whose scores are inputs as well."""
     features = Range(0, full) if features is None else features
     made = []
     for number in range(experts):
-        expert = model.expert((f"{number}.gate", f"{number}.up", f"{number}.down"), hidden, features, full)
-        for name, weight in zip(("gate", "up", "down"), expert.weights, strict=True):
-            model.hold((weight, None), (forms or {}).get((number, name), form))
+        expert = model.expert((f"{number}.gate", f"{number}.up", f"{number}.down"), hidden, features, full, bias=bias)
+        biases = expert.gate_bias, expert.up_bias, expert.down_bias
+        for name, *matrix in zip(("gate", "up", "down"), expert.matrices, biases, strict=True):
+            model.hold(matrix, (forms or {}).get((number, name), form))
         made.append(expert)
-    return model.experts(x, scores, top, made, features, full, normalised=normalised)
+    return model.experts(x, scores, top, made, features, full, normalised=normalised, clamp=clamp)
 
 
 def check(model, program, teams, exact, tolerance=None):
@@ -83,6 +85,46 @@ def test_shares(teams, form, exact, hidden, full, features):
     forms = {(number, name): "bf16" for number in range(5) for name in ("gate", "up")} if hidden % 64 else {}
     y = mixture(model, x, scores, form=form, forms=forms, experts=5, top=3, hidden=hidden, full=full, features=features)
     check(model, model.result(y), teams, exact)
+
+
+CLAMP = Clamp(0.8, 1.7)
+"""Low enough that it holds back a part of what is random here."""
+
+
+@each_arithmetic
+@pytest.mark.parametrize(
+    ("share", "full", "features"),
+    [(Share(), 192, None), (Share(0, 2), 320, Range(0, 150)), (Share(1, 2), 320, Range(150, 320))],
+    ids=["alone", "the first of two", "the second"],
+)
+def test_biases_and_a_clamp(teams, form, exact, share, full, features):
+    """The last bias is the first rank's alone. Panels of an expert that threads share begin inside its biases."""
+    model = FakeModel()
+    x, scores = model.inputs(model.normal(64, 128)), model.inputs(model.normal(64, 5))
+    model.share = share
+    y = mixture(
+        model, x, scores, form=form, experts=5, hidden=128, full=full, features=features, bias=True, clamp=CLAMP
+    )
+    model.share = Share()
+    check(model, model.result(y), teams, exact)
+
+
+def test_a_clamp_in_numbers(teams):
+    """Against the formula as the publisher has it."""
+    model = FakeModel()
+    x, scores = model.normal(64, 64), model.normal(64, 3)
+    y = mixture(
+        model, model.inputs(x), model.inputs(scores), form="float32", experts=3, top=1, full=64, bias=True, clamp=CLAMP
+    )
+    got = Bound(model.result(y), model.tensors, teams[0], exact=True).run((range(64), 0, 0))
+    w = {name: held.stored.astype(np.float64) for name, held in model.tensors.items()}
+    for token, number in enumerate(scores.argmax(axis=1)):
+        gate, up = (w[f"{number}.{name}.weight"] @ x[token] + w[f"{number}.{name}.bias"] for name in ("gate", "up"))
+        assert gate.max() > 0.8
+        gate, up = np.minimum(gate, 0.8), np.clip(up, -0.8, 0.8)
+        inner = gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
+        wanted = w[f"{number}.down.weight"] @ inner + w[f"{number}.down.bias"]
+        assert np.abs(got[token] - wanted).max() < 1e-5
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -125,11 +125,12 @@ def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, 
 
 def _experts(operation: Experts, first: Row, layer: str, storage: cost.Storage) -> list[Row]:
     """A row for each matrix of an expert: what one has, and the bytes of as many as a token chooses."""
-    count, rows = len(operation.experts), []
-    for weight in operation.experts[0].weights:
+    count, rows, first_one = len(operation.experts), [], operation.experts[0]
+    bias = " + bias" if first_one.down_bias else ""
+    for weight in first_one.matrices:
         stored = storage.of(weight)
         nbytes = operation.top * cost.weight_bytes(weight, stored)
-        name = _short(weight, layer).replace(".0.", f".0-{count - 1}.", 1)
+        name = _short(weight, layer).replace(".0.", f".0-{count - 1}.", 1) + bias
         rows.append(Row("", "", "", name, f"{operation.top} of {count} times {_part(weight)}", stored, size(nbytes)))
     return [rows[0]._replace(wait=first.wait, operation=first.operation, data=first.data), *rows[1:]]
 

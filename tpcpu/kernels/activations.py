@@ -267,6 +267,17 @@ def gated(record, x, y, out, first, last):
             silu = v.div(gate, v.add(one, v.exp(v.sub(zero, gate))))
             v.store(out + 4 * i, v.mul(silu, v.load(y + 4 * i)))
         return
+    if word(record, R.ACTIVATION) == R.CLAMPED:
+        limit = float_bits(word(record, R.LIMIT))
+        high, low = v.splat(limit), v.splat(-limit)
+        sharpness = v.splat(-float_bits(word(record, R.SHARPNESS)))
+        for i in range(first, last, LANES):
+            # In this order: what is no number stays so.
+            gate = v.minimum(high, v.load(x + 4 * i))
+            up = v.minimum(high, v.maximum(low, v.load(y + 4 * i)))
+            swish = v.div(gate, v.add(one, v.exp(v.mul(sharpness, gate))))
+            v.store(out + 4 * i, v.mul(v.add(up, one), swish))
+        return
     # GELU's tanh(u) is 2 sigmoid(2u) - 1: x * sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3).
     for i in range(first, last, LANES):
         gate = v.load(x + 4 * i)

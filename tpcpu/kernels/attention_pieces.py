@@ -234,11 +234,25 @@ def join(whole, part, dim):
 
 
 @helper
+def _with_sink(whole, sink, total, dim):
+    """The sum of weights with that of a score that has no value; the other weights become what they are beside it."""
+    peak = load_f32(whole + 4 * row_floats_of(dim))
+    largest = max(peak, sink)
+    keep = v.exp(v.splat(peak - largest))
+    for i in range(0, dim, LANES):
+        v.store(whole + 4 * i, v.mul(v.load(whole + 4 * i), keep))
+    return v.fma(total, keep, v.exp(v.splat(sink - largest)))
+
+
+@helper
 def finish(record, token, slot, whole):
-    """out = the weighted values over the sum of weights."""
+    """out = the weighted values over the sum of weights, to which a sink adds its own."""
     dim = word(record, R.A_DIM)
     out = word(record, R.A_OUT) + token * word(record, R.A_OUT_STRIDE) + 4 * head_of(record, slot) * dim
     total = v.splat(load_f32(whole + 4 * row_floats_of(dim) + 4))
+    sinks = word(record, R.A_SINKS)
+    if sinks:
+        total = _with_sink(whole, load_f32(sinks + 4 * head_of(record, slot)), total, dim)
     whole_columns = dim // LANES * LANES
     for i in range(0, whole_columns, LANES):
         v.store(out + 4 * i, v.div(v.load(whole + 4 * i), total))

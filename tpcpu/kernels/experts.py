@@ -216,6 +216,8 @@ def _cut(record, source, segment, first, stop, pair):
     _set(segment, R.S_ROWS, max(min(word(source, R.S_ROWS) - row, panels * ROWS), 0))
     _set(segment, R.S_PANELS, panels)
     _set(segment, R.S_OUT, word(source, R.S_OUT) + 4 * row + pair * word(source, R.S_OUT_STRIDE))
+    if word(source, R.S_BIAS):
+        _set(segment, R.S_BIAS, word(source, R.S_BIAS) + 4 * row)
     return panels
 
 
@@ -287,7 +289,7 @@ def _gate(record, source, row):
 
 @kernel("gate-pairs")
 def gate(record, thread, threads):
-    """silu(gate) * up of every pair, rounded to int8 as well where asked."""
+    """activation(gate) * up of every pair, rounded to int8 as well where asked."""
     pairs = _tokens(record) * word(record, R.E_TOP)
     for pair in range(pairs * thread // threads, pairs * (thread + 1) // threads):
         _gate(record, pair, pair)

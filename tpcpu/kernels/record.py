@@ -106,14 +106,18 @@ IN_ROW_STRIDE = 30
 CONSTANT = 31
 """Bits of a float32: what an embedding is multiplied by, or what logits are held below."""
 ACTIVATION = 32
-"""What a gate goes through: SILU or GELU_TANH."""
-SILU, GELU_TANH = 0, 1
+"""What a gate goes through: SILU, GELU_TANH or CLAMPED, which has `LIMIT` and `SHARPNESS`."""
+SILU, GELU_TANH, CLAMPED = 0, 1, 2
 GATE = 33
 """One float32 a token, whose sigmoid is what `SECOND` is multiplied with before it is added."""
 GATE_STRIDE = 34
 THIRD = 35
 """A third input, where there is one."""
 THIRD_STRIDE = 36
+LIMIT = 37
+"""Bits of float32: what a gate is no more than, and the other within on both sides,"""
+SHARPNESS = 38
+"""and the factor of the gate inside its sigmoid."""
 
 # Operands of an exchange.
 SEND = 5
@@ -214,6 +218,8 @@ A_CAP = 41
 """Bits of a float32 that scores are held below, or 0."""
 A_SLOPES = 42
 """float32 numbers from 0 to 255, then what each query head's scores lose with every position back; 0: nothing."""
+A_SINKS = 43
+"""float32, one more score of each query head, of a position that has no value; 0: none."""
 
 # Operands of a linear.
 X = 5

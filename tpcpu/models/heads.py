@@ -53,15 +53,20 @@ class HeadSplit:
     def attend(
         self, p: Builder, q: Buffer, k: Buffer, v: Buffer, rope: Rope, scale: float, *, window: int = 0,
         norms: Sequence[Weight] = (), eps: float = 0.0, cap: float = 0.0, slopes: Sequence[float] = (),
+        sinks: str = "",
     ) -> Buffer:  # fmt: skip
-        """Attention of projected q, k and v; `norms` of each head of q and of k; `slopes` of all heads."""
+        """Attention of projected q, k and v; `norms` of each head of q and of k; `slopes` of all heads; `sinks`: the
+        tensor that has one score more of each head."""
         heads, kv_heads, dim = len(self.local), len(self.local_kv), self.dim
         rotated = p.rope_and_store(
             Heads(q, heads, dim, 0, dim), Heads(k, kv_heads, dim, 0, dim), Heads(v, kv_heads, dim, 0, dim), rope,
             norms, eps,
         )  # fmt: skip
         slopes = slopes[self.local.start : self.local.stop]
-        return p.attention(rotated, self.local, self.heads, self.kv_of, scale, window, cap=cap, slopes=slopes)
+        sink = p.vector(sinks, self.heads, self.local) if sinks else None
+        return p.attention(
+            rotated, self.local, self.heads, self.kv_of, scale, window, cap=cap, slopes=slopes, sinks=sink
+        )
 
 
 def packed(

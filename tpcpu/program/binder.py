@@ -290,6 +290,7 @@ class Binder:
             R.A_Q_NORM: self._products.vector(rotation.q_norm) if rotation.q_norm else 0,
             R.A_K_NORM: self._products.vector(rotation.k_norm) if rotation.k_norm else 0,
             R.A_EPS: float_bits(rotation.eps), R.A_CAP: float_bits(op.cap), R.A_SLOPES: self._slopes(op),
+            R.A_SINKS: self._products.vector(op.sinks) if op.sinks else 0,
         }  # fmt: skip
         several = kv_cache.rope_and_store(form)
         self.records.add([activations.nothing, several, several], words)

@@ -16,6 +16,7 @@ from tpcpu.program.operations import (
     AllReduce,
     Attention,
     Buffer,
+    Clamp,
     Embed,
     Expert,
     ExpertAttention,
@@ -142,13 +143,13 @@ class Builder:
 
     def attention(
         self, q: Buffer, heads: Range, full_heads: int, kv_of: Sequence[int], scale: float, window: int = 0,
-        *, cap: float = 0.0, slopes: Sequence[float] = (),
+        *, cap: float = 0.0, slopes: Sequence[float] = (), sinks: Weight | None = None,
     ) -> Buffer:  # fmt: skip
         """Attends over the cache that `rope_and_store` filled last; `heads` are this rank's of `full_heads`."""
         layer = len(self._kv) - 1
         dim = self._kv[layer].head_dim
         out = self._covering("attention", heads * dim, full_heads * dim, BLOCK)
-        self._emit(Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out, window, cap, tuple(slopes)))
+        self._emit(Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out, window, cap, tuple(slopes), sinks))
         return out
 
     def glu(
@@ -175,24 +176,25 @@ class Builder:
 
     def experts(
         self, x: Buffer, scores: Buffer, top: int, experts: Sequence[Expert], features: Range, full_features: int, *,
-        normalised: bool,
+        normalised: bool, clamp: Clamp | None = None,
     ) -> Buffer:  # fmt: skip
         """The sum of each token's `top` experts by its scores; `features` are this rank's of each expert's."""
         choice = self._buffer("choice", 2 * top)
         self._emit(Route(scores, top, normalised, choice))
         inner = self._covering("expert", features, full_features, BLOCK)
         out = self._buffer("experts", experts[0].down.full_rows)
-        self._emit(Experts(x, choice, tuple(experts), inner, out))
+        self._emit(Experts(x, choice, tuple(experts), inner, out, clamp))
         return out
 
-    def expert(self, modules: tuple[str, str, str], hidden: int, features: Range, full_features: int) -> Expert:
-        """The matrices of one expert, gate, up and down, divided over its inner features."""
-        gate, up, down = modules
-        return Expert(
-            self.matrix(gate, (full_features, hidden), rows=features).weight,
-            self.matrix(up, (full_features, hidden), rows=features).weight,
-            self.matrix(down, (hidden, full_features), columns=features).weight,
-        )
+    def expert(
+        self, modules: tuple[str, str, str], hidden: int, features: Range, full_features: int, *, bias: bool = False
+    ) -> Expert:
+        """The matrices of one expert, gate, up and down, divided over its inner features; `bias`: with their biases."""
+        gate, up = (self.matrix(name, (full_features, hidden), rows=features, bias=bias) for name in modules[:2])
+        down = self.matrix(modules[2], (hidden, full_features), columns=features).weight
+        once = Range(0, hidden if self.share.rank == 0 else 0)
+        down_bias = self.vector(f"{modules[2]}.bias", hidden, once) if bias else None
+        return Expert(gate.weight, up.weight, down, gate.bias, up.bias, down_bias)
 
     def all_reduce(self, x: Buffer) -> Buffer:
         out = self._buffer("sum", x.width)

@@ -182,7 +182,7 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             )
         case Attention():
             cached = program.kv[operation.layer]
-            return Cost(
+            return held + Cost(
                 operations_per_position=operation.heads
                 * (4 * operation.head_dim + 3 + (5 if operation.cap else 0) + (3 if operation.slopes else 0)),
                 cache_bytes_per_position=2 * cached.heads * held_as.row_bytes(cached.head_dim),
@@ -199,7 +199,11 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             return Cost(operations=(2 + operation.top) * operation.scores.width)
         case Experts(inner=inner, out=out):
             multiplications = sum(weight.size for weight in multiplied)
-            return held + Cost(operations=2 * multiplications + operation.top * (4 * len(inner.own) + 2 * out.width))
+            gate = 4 if operation.clamp is None else 9
+            added = sum(weight.size for weight in vectors)
+            return held + Cost(
+                operations=2 * multiplications + added + operation.top * (gate * len(inner.own) + 2 * out.width)
+            )
         case AllReduce():
             return Cost(
                 messages=1,

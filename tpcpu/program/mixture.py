@@ -13,10 +13,11 @@ from tpcpu.kernels import record as R
 from tpcpu.program.memory import Buffers, Place, Records, stride_bytes
 from tpcpu.program.operations import BLOCK, Expert, Experts, Route, Weight
 from tpcpu.program.products import Input, Products, Rounded
-from tpcpu.program.weights import Stored, panel_bytes
+from tpcpu.program.weights import Stored, float_bits, panel_bytes
 
 Words = dict[int, int]
-Pick = Callable[[Expert], tuple[Weight, ...]]
+Pick = Callable[[Expert], tuple[tuple[Weight, Weight | None], ...]]
+"""Matrices of an expert, each with its bias."""
 
 
 class _Rows:
@@ -71,8 +72,8 @@ class Mixtures:
         add([experts.route_one, experts.route, experts.route], chosen | from_scores)
         add([activations.nothing, experts.arrange, experts.arrange], chosen)
 
-        def outer(expert: Expert) -> tuple[Weight, ...]:
-            return expert.gate, expert.up
+        def outer(expert: Expert) -> tuple[tuple[Weight, Weight | None], ...]:
+            return (expert.gate, expert.gate_bias), (expert.up, expert.up_bias)
 
         formats = self._formats(op, outer)
         if not read.is_rounded and any(map(products.multiplies_integers, formats)):
@@ -92,8 +93,8 @@ class Mixtures:
     def _gate_and_down(self, op: Experts, chosen: Words) -> None:
         room, products = self._room(op), self._products
 
-        def inner(expert: Expert) -> tuple[Weight, ...]:
-            return (expert.down,)
+        def inner(expert: Expert) -> tuple[tuple[Weight, Weight | None], ...]:
+            return ((expert.down, expert.down_bias),)
 
         formats = self._formats(op, inner)
         words = {
@@ -101,6 +102,9 @@ class Mixtures:
             R.OUT: room.inner.floats, R.OUT_STRIDE: room.inner.stride, R.WIDTH: len(op.inner.own),
             R.E_FIRST: op.inner.own.start, R.E_COLUMNS: -(-op.inner.width // BLOCK) * BLOCK,
         }  # fmt: skip
+        if op.clamp is not None:
+            words |= {R.ACTIVATION: R.CLAMPED, R.LIMIT: float_bits(op.clamp.limit)}
+            words[R.SHARPNESS] = float_bits(op.clamp.sharpness)
         if any(map(products.multiplies_integers, formats)):
             words |= room.inner.rounded.words()
         self._records.add([experts.gate_of_one, experts.gate, experts.gate], chosen | words)
@@ -112,7 +116,7 @@ class Mixtures:
 
     def _formats(self, op: Experts, pick: Pick) -> list[Stored]:
         """Those that the picked matrices of the experts are in."""
-        return sorted({self._products.packed(weight).stored for expert in op.experts for weight in pick(expert)})
+        return sorted({self._products.packed(weight).stored for expert in op.experts for weight, _ in pick(expert)})
 
     def _product(
         self, op: Experts, stored: Stored, words: Words, pick: Pick, places: tuple[Place, ...], *, apart: bool
@@ -120,11 +124,12 @@ class Mixtures:
         """The record of the picked matrices of one format; those of others are left out of their experts."""
         table = np.zeros((len(op.experts), len(places), R.SEGMENT_WORDS), np.int64)
         for rows, expert in zip(table, op.experts, strict=True):
-            for row, weight, place in zip(rows, pick(expert), places, strict=True):
+            for row, (weight, bias), place in zip(rows, pick(expert), places, strict=True):
                 packed = self._products.packed(weight)
                 row[R.S_COLUMNS] = len(weight.columns)
                 if packed.stored == stored:
                     row[:] = packed.segment
+                    row[R.S_BIAS] = self._products.vector(bias) if bias is not None and bias.size else 0
                 row[R.S_OUT], row[R.S_OUT_STRIDE] = place.address, place.stride
         self._products.keep.append(table)
         room, columns = self._room(op), int(table[0, 0, R.S_COLUMNS])

@@ -34,7 +34,7 @@ def _name(operation: Operation) -> str:
 
 def shown(operation: Operation) -> tuple[Weight, ...]:
     """The weights that stand for an operation: of experts the first one's."""
-    return operation.experts[0].weights if isinstance(operation, Experts) else weights(operation)
+    return operation.experts[0].matrices if isinstance(operation, Experts) else weights(operation)
 
 
 def joined(named: Sequence[Weight]) -> str:

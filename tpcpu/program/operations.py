@@ -26,6 +26,14 @@ class Activation(Enum):
     GELU_TANH = "gelu_tanh"
 
 
+@dataclass(frozen=True)
+class Clamp:
+    """Of a gated unit: (up + 1) * g * sigmoid(sharpness * g), g no more than `limit`, up within it on both sides."""
+
+    limit: float
+    sharpness: float
+
+
 class Kind(Enum):
     """What a weight is for, which decides how it may be stored."""
 
@@ -196,7 +204,8 @@ class Attention:
 
     Query head h reads key/value head `kv_of[h]` of those that this rank holds. A token sees itself and the
     `window` - 1 before it, or all where that is 0. With a `cap` s becomes cap * tanh(s / cap); with `slopes`, one a
-    head, a position that is n back loses slope * n.
+    head, a position that is n back loses slope * n. With `sinks`, one a head, the softmax has one score more than there
+    are positions, and what that one takes of the weights goes nowhere.
     """
 
     q: Buffer
@@ -209,6 +218,7 @@ class Attention:
     window: int = 0
     cap: float = 0.0
     slopes: tuple[float, ...] = ()
+    sinks: Weight | None = None
 
 
 @dataclass(frozen=True)
@@ -261,22 +271,35 @@ class Route:
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert's matrices, each a tensor of its own."""
+    """One expert's matrices, each a tensor of its own, and their biases, where there are any.
+
+    What `down` gives is added up over the ranks: its bias is the first one's, and has no rows on the others.
+    """
 
     gate: Weight
     up: Weight
     down: Weight
+    gate_bias: Weight | None = None
+    up_bias: Weight | None = None
+    down_bias: Weight | None = None
+
+    @property
+    def matrices(self) -> tuple[Weight, Weight, Weight]:
+        return self.gate, self.up, self.down
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        return (self.gate, self.up, self.down)
+        """The matrices, then the biases."""
+        biases = self.gate_bias, self.up_bias, self.down_bias
+        return (*self.matrices, *(bias for bias in biases if bias is not None))
 
 
 @dataclass(frozen=True)
 class Experts:
     """out = sum over the experts that `choice` names: weight * down @ (silu(gate @ x) * (up @ x)), in that order.
 
-    `choice` is what a `Route` wrote. `inner` has the shape of what `down` multiplies, for one expert of one token.
+    Products have their biases added; a `clamp` takes the place of silu. `choice` is what a `Route` wrote. `inner` has
+    the shape of what `down` multiplies, for one expert of one token.
     """
 
     x: Buffer
@@ -284,6 +307,7 @@ class Experts:
     experts: tuple[Expert, ...]
     inner: Buffer
     out: Buffer
+    clamp: Clamp | None = None
 
     @property
     def top(self) -> int:
@@ -364,6 +388,8 @@ def weights(operation: Operation) -> tuple[Weight, ...]:
             return (operation.weight,) if operation.bias is None else (operation.weight, operation.bias)
         case Add():
             return () if operation.bias is None else (operation.bias,)
+        case Attention():
+            return () if operation.sinks is None else (operation.sinks,)
         case Experts():
             return tuple(weight for expert in operation.experts for weight in expert.weights)
         case _:

@@ -27,6 +27,7 @@ from tpcpu.program.operations import (
     AllReduce,
     Attention,
     Buffer,
+    Clamp,
     Embed,
     ExpertAttention,
     Experts,
@@ -160,6 +161,13 @@ def gelu_tanh(x: Array) -> Array:
     return gated
 
 
+def clamped(gate: Array, up: Array, clamp: Clamp) -> Array:
+    """(up + 1) * g * sigmoid(sharpness * g), g no more than the limit, up within it on both sides."""
+    g, limit = np.minimum(gate, gate.dtype.type(clamp.limit)), gate.dtype.type(clamp.limit)
+    out: Array = (np.clip(up, -limit, limit) + 1) * g * sigmoid(gate.dtype.type(clamp.sharpness) * g)
+    return out
+
+
 _ACTIVATIONS = {Activation.SILU: silu, Activation.GELU_TANH: gelu_tanh}
 
 
@@ -231,11 +239,13 @@ def rotate(x: Array, positions: Array, rope: Rope) -> Array:
 
 
 def attend(
-    q: Array, keys: Array, values: Array, scale: float, window: int = 0, cap: float = 0.0, slopes: Sequence[float] = ()
-) -> Array:
+    q: Array, keys: Array, values: Array, scale: float, window: int = 0, cap: float = 0.0, slopes: Sequence[float] = (),
+    sinks: Array | None = None,
+) -> Array:  # fmt: skip
     """softmax(scale * q . K) V of one token: q (heads, dim), keys and values (positions, heads, dim).
 
-    Scores are held below a `cap`; then each head takes `slopes` times the distance from them.
+    Scores are held below a `cap`; then each head takes `slopes` times the distance from them. `sinks` (heads,) are one
+    score more of each head, of a position that has no value.
 
     Each piece of 256 positions has its own maximum, sum and weighted sum; pieces are joined in order. Of a window only
     the last positions are seen; pieces begin where they always do.
@@ -258,6 +268,10 @@ def attend(
         old, new = np.exp(top - joined), np.exp(piece_top - joined)
         top, total = joined, total * old + piece_total * new
         out = out * old[:, None] + piece_out * new[:, None]
+    if sinks is not None:
+        joined = np.maximum(top, sinks)
+        kept = np.exp(top - joined)
+        out, total = out * kept[:, None], total * kept + np.exp(sinks - joined)
     return out / total[:, None]
 
 
@@ -372,12 +386,14 @@ class _Rank:
             case Attention():
                 own = slice(operation.out.own.start, operation.out.own.stop)
                 q = x[operation.q].reshape(len(out), operation.heads, operation.head_dim)
+                sinks = None if operation.sinks is None else np.asarray(self.vector(operation.sinks))
                 for token, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
                     # Query head h reads key/value head kv_of[h]; causal: positions up to its own.
                     keys, values = self.cache(operation.layer, sequence)[:, : position + 1, list(operation.kv_of)]
                     out[token, own] = attend(
-                        q[token], keys, values, operation.scale, operation.window, operation.cap, operation.slopes
-                    ).ravel()
+                        q[token], keys, values, operation.scale, operation.window, operation.cap, operation.slopes,
+                        sinks,
+                    ).ravel()  # fmt: skip
             case Glu():
                 own = slice(operation.out.own.start, operation.out.own.stop)
                 out[:, own] = _ACTIVATIONS[operation.activation](x[operation.activated]) * x[operation.linear]
@@ -406,9 +422,12 @@ class _Rank:
             if not len(tokens):
                 continue
             inner = np.zeros((len(tokens), op.inner.width), self.dtype)
-            gate, up = (multiply(x[tokens], self.matrix(weight)) for weight in (expert.gate, expert.up))
-            inner[:, own] = silu(gate) * up
+            gate = multiply(x[tokens], self.matrix(expert.gate)) + self.vector(expert.gate_bias)
+            up = multiply(x[tokens], self.matrix(expert.up)) + self.vector(expert.up_bias)
+            inner[:, own] = silu(gate) * up if op.clamp is None else clamped(gate, up, op.clamp)
             each[tokens, places] = multiply(inner, self.matrix(expert.down))
+            if expert.down_bias is not None and expert.down_bias.size:
+                each[tokens, places] += self.vector(expert.down_bias)
         out = np.zeros((len(x), op.out.width), self.dtype)
         for place in range(op.top):
             out += weights[:, place, None] * each[:, place]
