@@ -7,6 +7,7 @@ Knows which files a folder should have and how an index names them. Knows nothin
 """
 
 import mmap
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from tpcpu.checkpoint import hub
 from tpcpu.checkpoint.header import StoredTensor, parse_json
 from tpcpu.checkpoint.mapped import MappedFile
+from tpcpu.checkpoint.stacks import Stack, StackedTensor
 from tpcpu.checkpoint.torch_file import TorchFile
 from tpcpu.errors import CheckpointError
 
@@ -26,8 +28,8 @@ TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_JSON_BYTES = 64 << 20  # the largest index published is a few megabytes
 
 
-class WeightsFile(Protocol):
-    """A file of tensors, of whichever format. Advice and `offset` count bytes of the file."""
+class Source(Protocol):
+    """Where the values of tensors come from. Advice counts bytes of a tensor, `offset` those of its file."""
 
     path: Path
     tensors: tuple[StoredTensor, ...]
@@ -36,6 +38,11 @@ class WeightsFile(Protocol):
     def is_mapped(self, tensor: StoredTensor) -> bool: ...
     def offset(self, tensor: StoredTensor) -> int | None: ...
     def advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> None: ...
+
+
+class WeightsFile(Source, Protocol):
+    """A file of tensors, of whichever format."""
+
     def close(self) -> None: ...
 
 
@@ -72,11 +79,12 @@ class Checkpoint:
         return self
 
     _open: Sequence["WeightsFile"]
-    _owners: dict[str, "WeightsFile"]
+    _owners: dict[str, Source]
+    _stacks: tuple[Stack, ...] = ()
 
     def _take(self, opened: Sequence["WeightsFile"], weight_map: Mapping[str, str]) -> None:
         """The tensors of the files; those that `weight_map` names only from the file that it says."""
-        owners: dict[str, WeightsFile] = {}
+        owners: dict[str, Source] = {}
         tensors: dict[str, StoredTensor] = {}
         for file in opened:
             for tensor in file.tensors:
@@ -91,10 +99,29 @@ class Checkpoint:
         self._open, self.files = opened, tuple(file.path for file in opened)
         self.tensors, self._owners = MappingProxyType(tensors), owners
 
+    def take_apart(self, stacks: Sequence[Stack]) -> None:
+        """From now on parts of stacks are tensors, and stacks are not. Raises CheckpointError for a misshapen one."""
+        self._stacks = tuple(stacks)
+        tensors: dict[str, StoredTensor] = {}
+        for name, tensor in self.tensors.items():
+            stack = next((stack for stack in stacks if name.rpartition(".")[2] == stack.stored), None)
+            if stack is None:
+                tensors[name] = tensor
+                continue
+            of = StackedTensor(self._owners[name], tensor, stack)
+            for part in of.tensors:
+                if part.name in self.tensors or part.name in tensors:
+                    raise CheckpointError(f"{tensor.file}: tensor {part.name} is there, and also a part of {name}")
+                tensors[part.name], self._owners[part.name] = part, of
+        self.tensors = MappingProxyType(tensors)
+
     def __getitem__(self, name: str) -> StoredTensor:
         """The tensor called `name`, unread. Raises CheckpointError naming checkpoint and tensor."""
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+            held = [stack.stored for stack in self._stacks if any(name.endswith(f".{part}") for part in stack.parts)]
+            module = re.sub(r"\.\d+\.[^.]+\.[^.]+$", "", name)
+            part = f", and not a part of {module}.{f' or {module}.'.join(held)} either" if held else ""
+            raise CheckpointError(f"{self.path}: tensor {name} is missing{part}")
         return self.tensors[name]
 
     def array(self, name: str) -> npt.NDArray[Any]:

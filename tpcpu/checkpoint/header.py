@@ -52,6 +52,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    inside: str = ""  # the tensor of the file that it is a part of, where it has no place of its own there
+
+    @property
+    def title(self) -> str:
+        """Its name as messages have it: with that of the tensor that holds it."""
+        return f"{self.name}, a part of {self.inside}," if self.inside else self.name
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | No
         int8.from_tensors(name, checkpoint.array, checkpoint.tensors)
     if not form:
         raise CheckpointError(
-            f"{tensor.file}: tensor {name} is {tensor.dtype}; "
+            f"{tensor.file}: tensor {tensor.title} is {tensor.dtype}; "
             f"expected one of {', '.join(STORED)}, NF4, FP4, fp8 or int8"
         )
     if weight.unit_rows and form not in STORED.values():
@@ -156,7 +156,7 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | No
         )
     if shape != weight.full_shape:
         raise CheckpointError(
-            f"{tensor.file}: tensor {name} has shape {list(shape)}, but config.json describes "
+            f"{tensor.file}: tensor {tensor.title} has shape {list(shape)}, but config.json describes "
             f"{list(weight.full_shape)}: the config does not belong to these weights"
         )
     return form, state

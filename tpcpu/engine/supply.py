@@ -77,7 +77,10 @@ class Mapped(Supply):
         checkpoint.expect_scattered_reads(False)
 
     def fetch(self, part: Part, look: Look | None = None) -> NDArray[Any]:
-        whole = self._checkpoint.array(part.name).reshape(-1).view(part.dtype).reshape(part.rows, part.columns)
+        whole = self._checkpoint.array(part.name)
+        if whole.dtype != part.dtype or whole.shape != (part.rows, part.columns) or whole.strides[1] != whole.itemsize:
+            # Of values that do not lie together, in rows at least, this is a copy.
+            whole = np.ascontiguousarray(whole).reshape(-1).view(part.dtype).reshape(part.rows, part.columns)
         if look is not None and whole.size:
             rows = Share(self._communicator.rank, self._communicator.size).split(part.rows)
             look(rows, whole[rows.start : rows.stop])
@@ -225,7 +228,7 @@ class Shared(Supply):
 
     def _turn(self, extent: Extent) -> NDArray[np.uint8]:
         """Values that do not lie together in their file: whoever reads them turns all of them."""
-        return self._checkpoint.array(extent.segments[0].part.name).reshape(-1).view(np.uint8)
+        return np.ascontiguousarray(self._checkpoint.array(extent.segments[0].part.name)).reshape(-1).view(np.uint8)
 
 
 def _memory(nbytes: int) -> NDArray[np.uint8]:
