@@ -38,6 +38,25 @@ PUBLISHED = {
         "attention_bias": False, "tie_word_embeddings": False, "vocab_size": 151936, "max_position_embeddings": 40960,
         "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151645,
     },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "experts_per_token": 4, "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 64, "attention_bias": True, "attention_dropout": 0.0, "sliding_window": 128, "swiglu_limit": 7.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "initial_context_length": 4096,
+        "max_position_embeddings": 131072, "vocab_size": 201088, "tie_word_embeddings": False,
+        "output_router_logits": False, "router_aux_loss_coef": 0.9, "eos_token_id": 200002, "pad_token_id": 199999,
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+            ],
+        },
+    },
     "llama-1b": {
         "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_size": 2048,
         "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,

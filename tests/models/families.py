@@ -74,6 +74,18 @@ FAMILIES = {
             "use_sliding_window": True, "sliding_window": 9,
         },
     ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        _SHAPE
+        | {
+            "num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 24, "sliding_window": 9, "swiglu_limit": 1.5,
+            "swiglu_alpha": 2.5, "intermediate_size": 140,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False, "beta_fast": 32.0,
+                "beta_slow": 1.0, "original_max_position_embeddings": 32,
+            },
+        },
+    ),
     "phi3": Family(
         "phi3",
         _SHAPE

@@ -3,13 +3,12 @@
 import json
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it, which safetensors asks for)
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from tests.models.families import FAMILIES, Made, make, text
 from tests.models.tiny import Tiny
+from tpcpu.checkpoint import Checkpoint
 from tpcpu.errors import ConfigError
 from tpcpu.models import ARCHITECTURES, read_config
 from tpcpu.models.keys import IGNORED
@@ -32,8 +31,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def read(made: Made, **changed: Any) -> Tiny:
     """The saved tensors under the saved config, some of its keys changed."""
-    config = json.loads((made.folder / "config.json").read_text()) | changed
-    return Tiny(read_config(config), load_file(made.folder / "model.safetensors"), {})
+    with Checkpoint.open(made.folder) as checkpoint:
+        model = read_config(checkpoint.config | changed)
+        checkpoint.take_apart(model.stacks)
+        return Tiny(model, {name: checkpoint.array(name) for name in checkpoint.tensors}, {})
 
 
 def run(tiny: Tiny, ids: list[int], size: int = 1) -> Any:

@@ -37,10 +37,15 @@ def test_parameters(name, count):
 
 @pytest.mark.parametrize(
     ("name", "count", "of_token"),
-    [("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704), ("yuan2-m32", 39_942_842_368, 3_704_055_808)],
+    [
+        ("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704),
+        ("yuan2-m32", 39_942_842_368, 3_704_055_808),
+        ("gpt-oss-20b", 20_914_757_184, 3_608_307_264 + 201088 * 2880),
+    ],
 )
 def test_parameters_of_a_mixture(name, count, of_token):
-    """The published 30.5 and 40 billion, of which 3.3 and 3.7 are needed for a token."""
+    """The published 30.5, 40 and 20.9 billion, of which 3.3, 3.7 and 3.6, without the embedding, are needed for a
+    token."""
     (program,) = world(name, 1)
     assert cost.parameters(program) == count
     assert cost.parameters_of_token(program) == of_token

@@ -5,6 +5,7 @@ of 4-bit tensors.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,8 @@ class _Logical:
 
 def describe(checkpoint: Checkpoint) -> Description:
     """Describe an open checkpoint. Raises CheckpointError where its tensors are damaged."""
+    with suppress(ConfigError):
+        checkpoint.take_apart(models.read_config(checkpoint.config).stacks)
     logical = _logical_tensors(checkpoint)
     config = checkpoint.config
     architectures = config.get("architectures")

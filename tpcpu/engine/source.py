@@ -65,6 +65,7 @@ class Folder:
 
     def bind(self, model: Model, program: Program, format: str | None, lm_head: str | None) -> None:  # noqa: A002
         assert self.checkpoint is not None
+        self.checkpoint.take_apart(model.stacks)
         self._bindings = bind(self.checkpoint, model, program, format, lm_head)
         self.packed_bytes = sum(binding.packed_bytes for binding in self._bindings)
         self._weights = program.weights

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from tpcpu.checkpoint import Stack
 from tpcpu.errors import ConfigError, LaunchError
-from tpcpu.models import baichuan, chatglm, gemma, llama, mistral, mixtral, phi3, qwen, qwen2, qwen_moe, yuan
+from tpcpu.models import baichuan, chatglm, gemma, gpt_oss, llama, mistral, mixtral, phi3, qwen, qwen2, qwen_moe, yuan
 from tpcpu.models.keys import shown
 from tpcpu.parallel.partition import Share
 from tpcpu.program.operations import Kind, Program
@@ -38,6 +39,8 @@ class Architecture:
     """Which published models this is,"""
     supported: str
     """and what of them, for the tables of the documentation."""
+    stacks: tuple[Stack, ...] = ()
+    """Tensors of all experts that files may hold."""
 
 
 _ROPE = "rotary embedding `default`, `linear`, `dynamic`, `yarn`, `llama3`"
@@ -58,6 +61,12 @@ ARCHITECTURES = {
     "gemma3_text": Architecture(
         gemma.gemma3_from_dict, gemma.program, gemma.OPTIONAL_TENSORS,
         "Gemma 3, text", "norms of heads, local and global layers with a rotary base each",
+    ),
+    "gpt_oss": Architecture(
+        gpt_oss.from_dict, gpt_oss.program, gpt_oss.OPTIONAL_TENSORS,
+        "gpt-oss 20b, 120b",
+        "mixture of experts with biases and clamped gates; attention sinks; windows of some layers",
+        gpt_oss.STACKS,
     ),
     "llama": Architecture(
         llama.from_dict, llama.program, llama.OPTIONAL_TENSORS,
@@ -131,6 +140,11 @@ class Model:
         whole = self._architecture.program(self.config, Share())
         widest = max(each.full_rows for each in whole.weights if each.kind.multiplies or each.kind is Kind.HEAD)
         return -(-widest // PANEL_ROWS)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Tensors of all experts that files of this model may hold, see `Checkpoint.take_apart`."""
+        return self._architecture.stacks
 
     def is_optional(self, tensor: str) -> bool:
         """Whether a stored tensor that the program did not declare may be left unread."""

@@ -44,12 +44,15 @@ class LlamaConfig:
     """Whether each head of q and of k goes through a norm."""
     windows: tuple[int, ...]
     """By layer the positions that a token sees, its own included; 0: all."""
+    sinks: bool
+    """Whether each head has one score more than there are positions, `self_attn.sinks`."""
 
     @classmethod
     def read(
         cls, keys: Keys, *, kv_heads: int | None = None, head_dim: int = 0, positions: int = 2048, eps: float = 1e-6,
         theta: float = 10000.0, types: tuple[str, ...] = TYPES, partial: bool = False,
         qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False, head_norms: bool = False,
+        sinks: bool = False,
     ) -> "LlamaConfig":  # fmt: skip
         """What this frame's families have in common, without windows; the arguments are what a family means where
         its config says nothing, and what it has."""
@@ -82,6 +85,7 @@ class LlamaConfig:
             mlp_bias=mlp_bias,
             head_norms=head_norms,
             windows=(0,) * layers,
+            sinks=sinks,
         )
 
 
@@ -129,7 +133,8 @@ def program(config: LlamaConfig, share: Share, layer_of: FeedForward | None = No
         )
         norms = [p.vector(f"{attn}.{name}_norm.weight", dim) for name in "qk" if config.head_norms]
         a = heads.attend(
-            p, q, k, v, config.rope, dim**-0.5, window=config.windows[p.layer], norms=norms, eps=eps
+            p, q, k, v, config.rope, dim**-0.5, window=config.windows[p.layer], norms=norms, eps=eps,
+            sinks=f"{attn}.sinks" if config.sinks else "",
         )  # fmt: skip
         (o,) = p.linear(a, o=p.matrix(f"{attn}.o_proj", (hidden, full_q), columns=q_rows))
         x = p.add(x, p.all_reduce(o), p.vector(f"{attn}.o_proj.bias", hidden) if config.o_bias else None)

@@ -49,6 +49,7 @@ def plan(checkpoint: Checkpoint, target: str) -> tuple[list[Treatment], tuple[st
     if method is not None and method not in fp8.METHODS:
         raise CheckpointError(f"{checkpoint.path}: is quantised already ({method}); start from the model as published")
     model = models.read_config(checkpoint.config)
+    checkpoint.take_apart(model.stacks)
     declared = model.program(Share(0, 1)).weights  # a tied embedding is declared twice: it is the head as well
     weights = {weight.name: weight for weight in declared}
     for name, weight in weights.items():
