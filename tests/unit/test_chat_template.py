@@ -44,6 +44,89 @@ def test_templates_render_as_in_transformers(folder: str, generation: bool) -> N
         assert tokenizer.render_chat(messages, add_generation_prompt=generation) == expected[0]
 
 
+# Formats of families whose folders are not here, with the tests, loops and refusals that published templates use.
+FORMATS = {
+    "llama3": (
+        "{% set loop_messages = messages %}{% for message in loop_messages %}"
+        "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+        " + message['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{%- if messages[0]['role'] == 'system' -%}"
+        "{%- set system_message = messages[0]['content'] -%}{%- set rest = messages[1:] -%}"
+        "{%- else -%}{%- set rest = messages -%}{%- endif -%}{{ bos_token }}"
+        "{%- for message in rest -%}"
+        "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+        "{{ raise_exception('after an optional system message roles must alternate: user, assistant, user, ...') }}"
+        "{%- endif -%}"
+        "{%- if message['role'] == 'user' -%}"
+        "{%- if loop.last and system_message is defined -%}"
+        "{{ '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
+        "{%- else -%}{{ '[INST] ' + message['content'] + '[/INST]' }}{%- endif -%}"
+        "{%- else -%}{{ ' ' + message['content'] | trim + eos_token }}{%- endif -%}"
+        "{%- endfor -%}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
+        "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "phi3": (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+    "chatglm": (
+        "{% for message in messages %}{% if loop.first %}[gMASK]sop{% endif %}<|{{ message['role'] }}|>\n "
+        "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "deepseek": (
+        "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+        "{% set ns = namespace(system_prompt='') %}{%- for message in messages %}{%- if message['role'] == 'system' %}"
+        "{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}{{bos_token}}{{ns.system_prompt}}"
+        "{%- for message in messages %}"
+        "{%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+        "{%- elif message['role'] == 'assistant' and message['content'] is not none %}"
+        "{{ '<｜Assistant｜>' + message['content'] + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endfor -%}"
+        "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+    ),
+    "qwen3": (
+        "{%- if tools %}{{ tools | tojson }}{%- endif %}"
+        "{%- set ns = namespace(last=messages|length - 1) %}{%- for message in messages[::-1] %}"
+        "{%- if message.role == 'user' and not message.content.startswith('<tool_response>') and ns.last == messages|"
+        "length - 1 %}{%- set ns.last = messages|length - 1 - loop.index0 %}{%- endif %}{%- endfor %}"
+        "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content.split('</think>')[-1]"
+        ".lstrip('\n') + '<|im_end|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+        "{%- endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("generation", [True, False])
+@pytest.mark.parametrize("family", FORMATS)
+def test_formats_of_families_render_as_in_transformers(family: str, generation: bool) -> None:
+    peer = pytest.importorskip("transformers.utils.chat_template_utils", reason="needs transformers")
+    jinja2 = pytest.importorskip("jinja2")
+    names = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    refused = 0
+    for messages in (CONVERSATION, CONVERSATION[1:2], CONVERSATION[1:3], CONVERSATION[2:], CONVERSATION[:2]):
+        settings = {"conversations": [messages], "chat_template": FORMATS[family], "add_generation_prompt": generation}
+        try:
+            expected = peer.render_jinja_template(**settings, **names)[0][0]
+        except jinja2.TemplateError as error:
+            refused += 1
+            with pytest.raises(TextError, match=str(error)):
+                ChatTemplate(FORMATS[family], family, names).render(messages, generation)
+        else:
+            assert ChatTemplate(FORMATS[family], family, names).render(messages, generation) == expected
+    assert refused == {"mistral": 1, "gemma": 2}.get(family, 0)
+
+
 def test_blocks_are_trimmed_and_names_are_given() -> None:
     source = "{% for m in messages %}\n    {% if true %}\n{{ bos_token }}{{ m.content }}\n    {% endif %}\n{% endfor %}"
     assert render(source, bos_token="<s>") == "<s>Hi\n"

@@ -23,11 +23,19 @@ SPECIALS = {
 }
 
 
+AUTO = ("gpt2", "qwen2")
+"""Folders that transformers opens by itself, as they are; those with tokenizer.json alone it opens all alike."""
+
+
 @pytest.mark.parametrize("name", SPECIALS)
 def test_ids_and_texts_are_those_of_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     folder: Path = DATA / name if (DATA / name).exists() else shared(f"tokenizers/{name}")
-    peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    if name in AUTO:
+        peer = transformers.AutoTokenizer.from_pretrained(folder)
+    else:
+        # Its class for Llamas makes the file's rules anew, without the prefix before a space that there is.
+        peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     ours = load_tokenizer(folder, {})
     for text in (MIXED, SPECIALS[name], MIXED + SPECIALS[name] + MIXED, " " + MIXED, ""):
         ids = peer.encode(text)
@@ -35,6 +43,21 @@ def test_ids_and_texts_are_those_of_transformers(name: str) -> None:
         for skip in (True, False):
             expected = peer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
             assert ours.decode(ids, skip_special=skip) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("llama2", "tokenizer.model"), ("mistral", "tokenizer.model.v1"), ("yuan2", "tokenizer.model")]
+)
+def test_sentencepiece_files_as_transformers_reads_them(name: str, file: str, tmp_path: Path) -> None:
+    peers = pytest.importorskip("transformers.tokenization_utils_sentencepiece", reason="needs transformers")
+    (tmp_path / "tokenizer.model").symlink_to(shared(f"tokenizers/{name}") / file)
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    peer = peers.SentencePieceBackend(vocab_file=str(tmp_path / "tokenizer.model"), legacy=True, **roles)
+    ours = load_tokenizer(tmp_path, {})
+    for text in (MIXED, "<s>a</s> b<unk>c", " a", "<s> a", f" {MIXED}</s>{MIXED}", "[INST] Hi [/INST] Ho</s>"):
+        ids = peer.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == [1, *ids]
+    assert ours.decode(ours.encode(MIXED)) == MIXED
 
 
 def test_both_files_of_llama_2_agree(tmp_path: Path) -> None:

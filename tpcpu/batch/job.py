@@ -17,7 +17,7 @@ from tpcpu.sampling import SamplingParams
 
 _TEXT_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "qwen.tiktoken",
 )  # fmt: skip
 
 _SAMPLES = 64

@@ -34,6 +34,10 @@ class AddedToken:
     rstrip: bool = False
     single_word: bool = False
     normalized: bool = False
+    cuts: bool = True
+    """Whether texts are cut at it; else it is a name of an id, which only a prefix writes."""
+    behind: int | None = None
+    """Its place among tokens that follow a SentencePiece file's own, whatever pieces are called like it."""
 
 
 def added_token(value: object, where: str, token_id: int | None = None, special: bool = True) -> AddedToken:
@@ -123,7 +127,7 @@ class Cutter:
     """Cuts texts at added tokens: leftmost first, longest at the same place."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
-        self._tokens = {token.content: token for token in tokens}
+        self._tokens = {token.content: token for token in tokens if token.cuts}
         longest_first = sorted(self._tokens, key=lambda content: (-len(content), content))
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 

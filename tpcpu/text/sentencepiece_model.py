@@ -54,6 +54,8 @@ class SentencePieceModel(Vocabulary):
 
     def _register(self, token: AddedToken, path: Path) -> None:
         token_id = token.id
+        if token_id is None and token.behind is not None:
+            token_id = self._pieces + token.behind
         if token_id is None:
             token_id = self._piece_id(token.content)
         if token_id is None:

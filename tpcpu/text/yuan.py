@@ -7,6 +7,7 @@ IEIT-Yuan/Yuan-2.0, tools and README; the chat template is the one published wit
 """
 
 from tpcpu.text.added_tokens import AddedToken, Declarations
+from tpcpu.text.rules import Config, Rules
 
 END = "<eod>"
 
@@ -42,8 +43,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def complete(declared: Declarations) -> Declarations:
-    """What a Yuan folder declares, with the publishers' registrations where it has none of them."""
+def _complete(declared: Declarations, _config: Config, _generation: Config) -> Declarations:
+    """The publishers' registrations where a folder has none of them."""
     if declared.declares(SPECIALS):
         return Declarations(declared.tokens, {**declared.roles, "eos_token": END})
     roles = {"bos_token": "<s>", "unk_token": "<unk>", **declared.roles, "eos_token": END}
@@ -52,3 +53,6 @@ def complete(declared: Declarations) -> Declarations:
     contents = {token.content for token in kept}
     new = [content for content in (*roles.values(), *SPECIALS) if content not in contents]
     return Declarations((*kept, *map(AddedToken, dict.fromkeys(new))), roles)
+
+
+RULES = Rules(_complete, prefix=(), chat_template=lambda _: CHAT_TEMPLATE, prefers_model=True)

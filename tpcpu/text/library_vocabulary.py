@@ -1,6 +1,6 @@
-"""tokenizer.json: the format of the tokenizers library, for byte-level BPE and for SentencePiece-like vocabularies.
+"""A vocabulary that the tokenizers library holds: byte-level BPE, and what is like SentencePiece.
 
-Text to ids is the library's. Ids to bytes is read from the file's `decoder`, because a library decoder works on whole
+Text to ids is the library's. Ids to bytes is read from its `decoder`, because a library decoder works on whole
 lists: a token of a ByteLevel decoder is bytes in a disguise of printable characters, a token of a
 Replace/ByteFallback/Metaspace decoder is text in which U+2581 stands for a space, or one byte. Other decoders are
 refused, with their names.
@@ -18,20 +18,26 @@ from tpcpu.text.added_tokens import AddedToken
 from tpcpu.text.vocabulary import Vocabulary, byte_of
 
 
-class TokenizerJson(Vocabulary):
-    """The file tokenizer.json, with the added tokens that tokenizer_config.json declares beyond it."""
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """The file tokenizer.json, the library's own format. Raises TextError."""
+    try:
+        library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # the library raises bare Exception
+        raise TextError(f"{path}: is no tokenizer that the tokenizers library reads: {error}") from None
+    # a file written by a training script may cut or fill: a prompt is never cut in silence
+    library.no_truncation()
+    library.no_padding()
+    return library
 
-    def __init__(self, path: Path, added: Iterable[AddedToken] = ()) -> None:
-        """Reads `path`. Raises TextError where the file is broken, is of an unknown kind, or contradicts `added`."""
-        try:
-            self._library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise TextError(f"{path}: cannot be read: {error.strerror}") from None
-        except Exception as error:  # the library raises bare Exception
-            raise TextError(f"{path}: is no tokenizer that the tokenizers library reads: {error}") from None
-        # a file written by a training script may cut or fill: a prompt is never cut in silence
-        self._library.no_truncation()
-        self._library.no_padding()
+
+class LibraryVocabulary(Vocabulary):
+    """What `path` holds, with the added tokens that tokenizer_config.json declares beyond it."""
+
+    def __init__(self, library: tokenizers.Tokenizer, path: Path, added: Iterable[AddedToken] = ()) -> None:
+        """Raises TextError, which names `path`, where the decoder is of an unknown kind or `added` contradicts it."""
+        self._library = library
         # what pickling writes is the file's own JSON of the decoder: no second parse of some megabytes
         decoder = self._library.decoder
         self._read_decoder(None if decoder is None else json.loads(decoder.__getstate__()), path)
@@ -47,6 +53,8 @@ class TokenizerJson(Vocabulary):
             token.content: number for number, token in self._library.get_added_tokens_decoder().items()
         }
         for token in added:
+            if token.content not in known and token.behind is not None:
+                continue  # of a SentencePiece file
             if token.content not in known:
                 library_token = tokenizers.AddedToken(
                     token.content,
@@ -137,6 +145,11 @@ def _flatten(decoder: Any) -> list[Any]:
     return [] if decoder is None else [decoder]
 
 
+def disguise(token: bytes) -> str:
+    """A token of a byte-level vocabulary as the library holds it."""
+    return "".join(map(_CHARACTERS.__getitem__, token))
+
+
 def _printable_bytes() -> dict[str, int]:
     """GPT-2's disguise: bytes that print stand for themselves, the others get U+0100 and on, in order."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -145,3 +158,4 @@ def _printable_bytes() -> dict[str, int]:
 
 
 _BYTES = _printable_bytes()
+_CHARACTERS = {byte: character for character, byte in _BYTES.items()}
