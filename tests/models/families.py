@@ -81,7 +81,7 @@ FAMILIES = {
             "num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 24, "sliding_window": 9, "swiglu_limit": 1.5,
             "swiglu_alpha": 2.5, "intermediate_size": 140,
             "rope_parameters": {
-                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False, "beta_fast": 32.0,
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False, "beta_fast": 3.0,
                 "beta_slow": 1.0, "original_max_position_embeddings": 32,
             },
         },
@@ -119,6 +119,7 @@ FAMILIES = {
             "seq_length": 128, "layernorm_epsilon": 1e-5, "add_qkv_bias": True, "add_bias_linear": False,
             "rmsnorm": True,
             "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "tie_word_embeddings": False,
+            "rope_ratio": 50.0,
             "original_rope": True, "apply_query_key_layer_scaling": True, "bias_dropout_fusion": True,
             "attention_softmax_in_fp32": True, "fp32_residual_connection": False,
         },
@@ -144,6 +145,7 @@ FAMILIES = {
         {
             "model_type": "qwen", "vocab_size": VOCAB, "hidden_size": 144, "intermediate_size": 344, "kv_channels": 24,
             "num_hidden_layers": 2, "num_attention_heads": 6, "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000,
+            "rope_theta": 10000, "padded_vocab_size": VOCAB, "params_dtype": "torch.bfloat16",
             "rotary_pct": 1.0, "seq_length": 128, "max_position_embeddings": 256, "no_bias": True,
             "scale_attn_weights": True, "use_dynamic_ntk": True, "use_logn_attn": True,
             "use_flash_attn": "auto", "bf16": True, "tie_word_embeddings": False,

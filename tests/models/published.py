@@ -11,14 +11,14 @@ from torch.nn.functional import conv2d, linear, normalize, silu
 
 
 def chatglm(config, t, ids):
-    """The code of `THUDM/chatglm2-6b` and `chatglm3-6b`."""
+    """The code of `THUDM/chatglm2-6b`, of `chatglm3-6b` and `chatglm3-6b-32k`, and of `glm-4-9b`."""
     heads, dim, groups = config["num_attention_heads"], config["kv_channels"], config["multi_query_group_num"]
     half = dim // 2
 
     def turn(x):
         """The first half of each head, neighbours as complex numbers."""
         pairs = torch.view_as_complex(x[..., :half].reshape(*x.shape[:-1], half // 2, 2).contiguous())
-        rates = 10000.0 ** (-torch.arange(0, half, 2) / half)
+        rates = (10000.0 * config["rope_ratio"]) ** (-torch.arange(0, half, 2) / half)
         spin = torch.polar(torch.ones(()), torch.arange(len(x))[:, None] * rates)[:, None, :]
         return torch.cat([torch.view_as_real(pairs * spin).flatten(-2), x[..., half:]], -1)
 

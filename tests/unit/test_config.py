@@ -9,6 +9,7 @@ from tests.configs import PUBLISHED
 from tpcpu.errors import ConfigError, LaunchError
 from tpcpu.models import ARCHITECTURES, read_config
 from tpcpu.parallel.partition import Share
+from tpcpu.program.rope import LinearScaling
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -80,6 +81,37 @@ def test_other_architectures_are_refused_by_name(model_type):
     message = refused(LLAMA | {"model_type": model_type})
     assert repr(model_type) in message
     assert ", ".join(ARCHITECTURES) in message
+
+
+CHATGLM = {
+    "model_type": "chatglm", "multi_query_attention": True, "multi_query_group_num": 2, "num_layers": 2,
+    "padded_vocab_size": 65024,
+}  # fmt: skip
+
+
+def test_what_rope_ratio_stretches():
+    """The base, but in ChatGLM2 for long texts positions: which of them a config alone does not say."""
+    named = {"chatglm2-6b-32k": (10000.0, LinearScaling(8.0)), "chatglm3-6b-32k": (80000.0, None)}
+    for name, wanted in named.items():
+        rope = read_config(CHATGLM | {"rope_ratio": 8, "_name_or_path": f"THUDM/{name}"}).config.rope
+        assert (rope.theta, rope.scaling) == wanted
+    assert read_config(CHATGLM | {"rope_ratio": 500, "padded_vocab_size": 151552}).config.rope.theta == 5e6
+    assert read_config(CHATGLM | {"rope_ratio": 1}).config.rope.theta == 10000.0
+    for name in (None, "/models/mine", "chatglm2-to-chatglm3", 3):
+        assert "expected _name_or_path" in refused(CHATGLM | {"rope_ratio": 8, "_name_or_path": name})
+
+
+def test_heads_of_chatglm_that_lie_one_after_another_are_refused():
+    for value in (False, None):
+        assert "multi_query_attention" in refused(CHATGLM | {"multi_query_attention": value})
+
+
+def test_two_names_of_one_setting_of_qwen_agree():
+    config = {"model_type": "qwen", "seq_length": 8192, "rotary_emb_base": 1000000, "vocab_size": 152064}
+    twice = {"rope_theta": 1000000, "padded_vocab_size": 152064, "tokenizer_type": "QWenTokenizer"}
+    assert read_config(config | twice).config.rotary_emb_base == 1e6
+    for key in ("rope_theta", "padded_vocab_size"):
+        assert key in refused(config | twice | {key: 10000})
 
 
 MIXTURE = {"moe_num_experts": 32, "moe_top_k": 2, "ffn_hidden_size": 256}

@@ -52,7 +52,7 @@ ARCHITECTURES = {
     ),
     "chatglm": Architecture(
         chatglm.from_dict, chatglm.program, chatglm.OPTIONAL_TENSORS,
-        "ChatGLM2, ChatGLM3", "half of each head rotated in neighbours; packed q, k, v; `rope_ratio` 1",
+        "ChatGLM2, ChatGLM3, GLM-4 9B", "half of each head rotated in neighbours; packed q, k, v; `rope_ratio`",
     ),
     "gemma2": Architecture(
         gemma.gemma2_from_dict, gemma.program, gemma.OPTIONAL_TENSORS,

@@ -37,12 +37,12 @@ class QwenConfig:
 
 
 def from_dict(config: dict[str, Any]) -> QwenConfig:
-    # How and in which precision the authors compute the same.
+    # How and in which precision the authors compute the same, and what their tokenizer is called.
     keys = Keys(
         config,
         ignored=(
             "attn_dropout_prob", "bf16", "emb_dropout_prob", "fp16", "fp32", "onnx_safe", "softmax_in_fp32",
-            "use_flash_attn", "use_cache_kernel", "bias_dropout_fusion",
+            "use_flash_attn", "use_cache_kernel", "bias_dropout_fusion", "params_dtype", "tokenizer_type",
         ),
     )  # fmt: skip
     for key, value in (
@@ -73,6 +73,9 @@ def from_dict(config: dict[str, Any]) -> QwenConfig:
         layer_norm_epsilon=keys.number("layer_norm_epsilon", 1e-6),
         rotary_emb_base=keys.number("rotary_emb_base", 10000.0),
     )
+    # Written beside the keys above in some published configs.
+    keys.require("rope_theta", made.rotary_emb_base)
+    keys.require("padded_vocab_size", made.vocab_size)
     keys.finish()
     return made
 
