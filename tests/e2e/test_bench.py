@@ -58,7 +58,7 @@ def assert_consistent(found: dict) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "ranks", "threads"),
-    [((), 1, 2), ((), 2, 1), (("mpiexec", "-n", "2"), 2, 1)],
+    [((), 1, 2), pytest.param((), 2, 1, marks=pytest.mark.full), (("mpiexec", "-n", "2"), 2, 1)],
     ids=["one rank", "--ranks 2", "mpiexec -n 2"],
 )
 def test_every_key_is_there_and_they_agree(launcher, ranks, threads):
@@ -99,7 +99,7 @@ def test_several_requests_at_a_time_and_prompts_of_several_lengths():
         assert_consistent(each)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_cached_beginning_and_a_replayed_text(tmp_path, ranks):
     """Of a text that repeats itself all drafts are right, as many as were asked for."""
     text = tmp_path / "ids.json"

@@ -18,7 +18,15 @@ def answer(name: str, prompt: str, ranks: int, tokens: int, *flags: str) -> dict
     return result
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("stories260k", 8), ("yuan-tiny", 5), ("yuan-tiny", 8), ("llama-tiny", 6)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("stories260k", 8),
+        ("yuan-tiny", 5),
+        pytest.param("yuan-tiny", 8, marks=pytest.mark.full),
+        pytest.param("llama-tiny", 6, marks=pytest.mark.full),
+    ],
+)
 def test_published_answers(name, ranks):
     """Heads: 8 of 8 with 4 for keys in the first, 4 of 64 in the others; feed-forward widths 172, 1024 and 704."""
     case = json.loads(next((DATA / name).glob("ref*.json")).read_text())["cases"][1]

@@ -35,6 +35,7 @@ def test_a_rank_on_a_busy_core_is_named(tmp_path):
         with family([sys.executable, "-c", SCRIPT], tmp_path) as started:
             code, out, err = started.end()
         assert code == 0, err
+        assert out.count("rank") == 1, out + err
         (slow,) = json.loads(out)
         assert slow["rank"] == 1
         assert slow["host"] == os.uname().nodename
