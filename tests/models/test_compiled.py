@@ -92,12 +92,11 @@ def test_published_answers(name):
             runner.restart()
 
 
-def quantised(name, form, head):
+def stored_as(tiny, form, head):
     """The stored values as this format holds them, for the reference: what multiplies, and the head in its own."""
-    tensors = load(name).tensors
 
     def values(weight):
-        stored = tensors[weight.name]
+        stored = tiny.tensors[weight.name]
         wanted = form if weight.kind.multiplies else head if weight.kind is Kind.HEAD else None
         if wanted is None or weight.full_columns % 64:
             return floats.to_float32(stored)
@@ -120,7 +119,7 @@ def test_quantised_against_the_reference(name, form, exact):
     In 8-bit arithmetic most tokens have no rounding that the last bit turns: these are as close as floats are.
     """
     arithmetic = "exact" if exact else "int8"
-    reference = load(name).reference(weights=quantised(name, form, "int8"), arithmetic=arithmetic)
+    reference = load(name).reference(weights=stored_as(load(name), form, "int8"), arithmetic=arithmetic)
     errors = []
     with running(name, format=form, exact=exact) as runner:
         for prompt, *_ in list(cases(name))[:4]:
@@ -142,7 +141,7 @@ def test_quantised_against_the_reference(name, form, exact):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_reference_reads_what_the_formats_say(name, form):
     """The formats' own dequantisers give the weights that the reference multiplies in the test above, in every bit."""
-    read = quantised(name, form, "int8")
+    read = stored_as(load(name), form, "int8")
     for weight in load(name).model.program(Share()).weights:
         if weight.kind.multiplies and weight.full_columns % 64 == 0:
             stored = load(name).tensors[weight.name]
