@@ -113,6 +113,42 @@ def test_variants(teams, variant, cache):
     check(model, program, teams, steps, cache=cache, context=300)
 
 
+def latent(heads, dim, turned, **scores):
+    """Attention of heads that read one key, whose first `dim` dimensions are its value."""
+    model = FakeModel()
+    sources = [
+        Heads(model.inputs(model.normal(VOCAB, count * (size + 4))), count, size, 4, size + 4)
+        for count in (heads, 1) for size in (dim, turned)
+    ]  # fmt: skip
+    rotated = model.rope_and_store_latent(*sources, Rope(10000.0, turned, interleaved=True))
+    out = model.attention(
+        rotated, Range(0, heads), heads, (0,) * heads, (dim + turned) ** -0.5, value_dim=dim, **scores
+    )  # fmt: skip
+    return model, model.result(out)
+
+
+LATENT = {
+    "as published": {"heads": 16, "dim": 512, "turned": 64},
+    "no whole registers": {"heads": 19, "dim": 40, "turned": 12},
+    "one head": {"heads": 1, "dim": 64, "turned": 16},
+    "all at once": {"heads": 10, "dim": 24, "turned": 6, "cap": 2.0, "window": 200, "slopes": (0.1, 1.0) * 5},
+}
+
+
+@pytest.mark.parametrize(
+    "cache", ["bf16", *(pytest.param(each, marks=pytest.mark.full) for each in ("float32", "int8"))]
+)
+@pytest.mark.parametrize("variant", LATENT.values(), ids=LATENT)
+def test_values_that_lie_in_keys(teams, variant, cache):
+    """One token, few and many, in blocks of several tokens and of one, in pages and over several pieces."""
+    steps, at = [], 0
+    for size in (1, 3, 8, 9, 65, 1, 170, 1, 1, 1, 260, 1, 7):
+        steps.append([(np.arange(at, at + size) % VOCAB, at, 0)])
+        at += size
+    steps += [[([4, 5], 0, 1), ([7], at, 0)], [([6], 2, 1), (range(20), at + 1, 0)]]
+    check(*latent(**variant), teams, steps, cache=cache, context=at + 30, page_tokens=48)
+
+
 @pytest.mark.parametrize("cache", ["float32", "bf16"])
 def test_keys_that_are_no_numbers(teams, cache):
     """Who sees one is none either, token by token as in a prompt; who comes before it is spared."""
@@ -188,7 +224,7 @@ def test_what_is_read_is_not_overwritten(teams):
         rotated = model.rope_and_store(*[Heads(each, 4, 16, 0, 16) for each in (q, k, v)], Rope(10000.0, 16))
         x = model.attention(rotated, Range(0, 4), 4, (0, 1, 2, 3), 0.25)
     compiled = Bound(model.result(x), model.tensors, teams[0]).compiled
-    records = compiled._array[compiled._array[:, R.KERNELS] == attention.attend_one(R.BF16).address]
+    records = compiled._array[compiled._array[:, R.KERNELS] == attention.attend_one(R.BF16, False).address]
     assert len(records) == 2
     read = [{int(record[word]) for word in (R.A_Q, R.A_K, R.A_V)} for record in records]
     rotated = [int(record[R.A_ROTATED]) for record in records]

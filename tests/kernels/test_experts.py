@@ -5,7 +5,7 @@ import pytest
 
 from tests.kernels.binding import TOLERANCES, Bound, FakeModel, Held, assert_close, expected, reference, same_bits
 from tpcpu.parallel.partition import Range, Share
-from tpcpu.program.operations import Clamp, Kind
+from tpcpu.program.operations import Clamp, Kind, Scoring
 
 COUNTS = (64, 1, 2, 9, 50)
 ARITHMETICS = [("nf4", False), ("nf4", True), ("int8", False), ("bf16", True), ("nf4-single", False)]
@@ -14,7 +14,7 @@ each_arithmetic = pytest.mark.parametrize(("form", "exact"), ARITHMETICS)
 
 def mixture(
     model, x, scores, *, form="nf4", experts=7, top=2, hidden=64, full=256, features=None, normalised=True, forms=None,
-    bias=False, clamp=None,
+    bias=False, **choice,
 ):  # fmt: skip
     """A mixture over inputs `x`, whose scores are inputs as well."""
     features = Range(0, full) if features is None else features
@@ -25,7 +25,7 @@ def mixture(
         for name, *matrix in zip(("gate", "up", "down"), expert.matrices, biases, strict=True):
             model.hold(matrix, (forms or {}).get((number, name), form))
         made.append(expert)
-    return model.experts(x, scores, top, made, features, full, normalised=normalised, clamp=clamp)
+    return model.experts(x, scores, top, made, features, full, normalised=normalised, **choice)
 
 
 def check(model, program, teams, exact, tolerance=None):
@@ -182,6 +182,39 @@ def test_a_product_that_is_no_number_spoils_its_token(teams):
         found = Bound(program, model.tensors, team).run((range(9), 0, 0))
         assert np.isnan(found[3:6]).all()
         assert np.isfinite(found[[0, 1, 2, 6, 7, 8]]).all()
+
+
+WAYS = {
+    "softmax in groups": {"groups": (4, 2, 1), "factor": 1.5},
+    "sigmoid": {"scoring": Scoring.SIGMOID, "normalised": True},
+    "sigmoid in groups": {"scoring": Scoring.SIGMOID, "groups": (4, 3, 2), "factor": 2.5, "normalised": True},
+    "sigmoid, not normalised": {"scoring": Scoring.SIGMOID, "groups": (2, 1, 3), "factor": 0.5},
+    "softmax, corrected": {"scoring": Scoring.SOFTMAX},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_choose(teams, way):
+    """Groups of experts, and what is added to p in comparing only."""
+    model, count, settings = FakeModel(), 20, {"normalised": False} | WAYS[way]
+    if way != "softmax in groups":
+        settings["correction"] = model.hold(
+            (model.vector("correction", count), None), "float32", model.normal(count) / 4
+        )[0]
+    x, scores = model.inputs(model.normal(64, 64)), model.inputs(model.normal(64, count) * 2)
+    y = mixture(model, x, scores, experts=count, top=5, full=64, form="float32", **settings)
+    check(model, model.result(y), teams, True)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_sigmoids_of_nothing(teams, normalised):
+    """All weights may be 0 at once."""
+    model = FakeModel()
+    x, scores = model.inputs(model.normal(64, 64)), model.inputs(np.full((64, 4), -200, np.float32))
+    y = mixture(model, x, scores, experts=4, full=64, normalised=normalised, scoring=Scoring.SIGMOID)
+    program = model.result(y)
+    for team in teams:
+        assert np.abs(Bound(program, model.tensors, team).run((range(9), 0, 0))).max() < 1e-15
 
 
 @pytest.mark.parametrize("normalised", [False, True])

@@ -13,7 +13,7 @@ import pytest
 from tpcpu.kernels.isa import available, selected
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("pack", "linear", "activations", "attention", "experts")
+MODULES = ("pack", "linear", "by_heads", "activations", "attention", "experts")
 LONG = ("attention", "experts", "company", "joining", "ceilings")
 """With every format of the cache, and with all that a step has: minutes of compiling a set, so in long runs."""
 OTHERS = [isa.name for isa in available() if isa is not selected()]

@@ -291,7 +291,7 @@ class _Measurement:
                     seen.add(id(stage))
                     kv = engine.program.kv[op.layer]
                     seen_positions = min(length, op.window or length)
-                    found[number] = 2 * engine.cache.memory.kv.page_bytes(kv, seen_positions) * settings.batch
+                    found[number] = kv.rows * engine.cache.memory.kv.page_bytes(kv, seen_positions) * settings.batch
         return found
 
 

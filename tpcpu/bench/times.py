@@ -18,6 +18,7 @@ from tpcpu.program.operations import (
     Attention,
     Experts,
     Linear,
+    LinearByHeads,
     Logits,
     RopeAndStore,
     ShortConv,
@@ -36,7 +37,7 @@ def class_of(stage: Stage, kernel: Kernel) -> str:
         match operation:
             case AllReduce():
                 return "all_reduce"
-            case Linear() | Experts() | Logits() if product:
+            case Linear() | LinearByHeads() | Experts() | Logits() if product:
                 return "linear"
             case ShortConv() if product:
                 return "conv"

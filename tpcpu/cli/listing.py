@@ -18,6 +18,7 @@ from tpcpu.program.operations import (
     Experts,
     Kind,
     Linear,
+    LinearByHeads,
     Operation,
     Program,
     RopeAndStore,
@@ -115,6 +116,9 @@ def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, 
         stored = storage.of(weight)
         # Of the embedding one row is read; everything else is read whole.
         count = one.other_bytes if isinstance(operation, Embed) else cost.weight_bytes(weight, stored)
+        if isinstance(operation, LinearByHeads):
+            count, part = one.weight_bytes, f"{operation.x.count} times {operation.rows} rows of {_part(weight)}"
+            first = first._replace(part=part)
         short = _short(weight, layer)
         short += " + bias" if bias else ""
         rows.append(Row("", "", "", short, first.part or _part(weight), stored, size(count)))
@@ -167,11 +171,13 @@ def _note(operation: Operation, one: cost.Cost, program: Program) -> str:
             turned = f"theta {rope.theta:g}" if rope.dim else "not turned"
             if rope.scaling is not None:
                 turned += f" {type(rope.scaling).__name__.removesuffix('Scaling').lower()}"
-            return f"{q.count} q, {k.count} kv heads of {k.dim}, {turned}; writes {size(one.cache_bytes)}"
+            dim = program.kv[operation.layer].head_dim
+            return f"{q.count} q, {k.count} kv heads of {dim}, {turned}; writes {size(one.cache_bytes)}"
         case ExpertAttention(out=out):
             return f"each of {out.width} experts attends to all"
         case Route(scores=scores, top=top, normalised=normalised):
-            return f"the {top} best of {scores.width}" + (", their weights adding up to 1" if normalised else "")
+            kept = f" in the {operation.top_groups} best of {operation.groups} groups" if operation.groups > 1 else ""
+            return f"the {top} best of {scores.width}{kept}" + (", their weights adding up to 1" if normalised else "")
         case Attention():
             kv = program.kv[operation.layer]
             read = size(one.cache_bytes_per_position)

@@ -38,12 +38,15 @@ class Layout:
             raise UsageError(f"--page-tokens {page_tokens} is not a positive multiple of {TILE}")
         self.page_tokens, self.kv = page_tokens, kv
         self.page_bytes = [kv.page_bytes(shape, page_tokens) for shape in program.kv]
+        self.sides = [shape.rows for shape in program.kv]
+        """2: a page has keys and values; 1: keys, in which values lie."""
         self.state_bytes = [4 * (-(-width // 16) * 16) for width in program.states]
 
     @property
     def bytes_of_page(self) -> int:
         """Bytes of one page in all layers."""
-        return 2 * sum(self.page_bytes) + sum(self.state_bytes)
+        held = zip(self.page_bytes, self.sides, strict=True)
+        return sum(size * sides for size, sides in held) + sum(self.state_bytes)
 
 
 class Cache:
@@ -67,12 +70,17 @@ class Cache:
         most = -(-context // page_tokens) * sequences
         count = most if tokens is None else max(-(-context // page_tokens), tokens // page_tokens)
         self._arenas: list[Arena] = []
+        keys = [self._take(count * size) for size in layout.page_bytes]
         self.memory = CacheMemory(
             kv=kv,
             page_tokens=page_tokens,
             max_positions=-(-context // PIECE) * PIECE,
-            keys=[self._take(count * size) for size in layout.page_bytes],
-            values=[self._take(count * size) for size in layout.page_bytes],
+            keys=keys,
+            # They may lie in keys.
+            values=[
+                self._take(count * size) if sides == 2 else key
+                for size, sides, key in zip(layout.page_bytes, layout.sides, keys, strict=True)
+            ],
             page_bytes=layout.page_bytes,
             states=[self._take(RING * sequences * size) for size in layout.state_bytes],
             page_states=[self._take(count * size) for size in layout.state_bytes],

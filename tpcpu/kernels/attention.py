@@ -15,9 +15,19 @@ from tpcpu.kernels.attention_blocks import (
     block_end,
     block_float32,
     block_int8,
+    fetch_queries,
     piece_bf16,
     piece_float32,
     piece_int8,
+    shared_apart_bf16,
+    shared_apart_float32,
+    shared_apart_int8,
+    shared_block_bf16,
+    shared_block_float32,
+    shared_block_int8,
+    shared_piece_bf16,
+    shared_piece_float32,
+    shared_piece_int8,
 )
 from tpcpu.kernels.attention_pieces import (
     TILES,
@@ -38,6 +48,9 @@ from tpcpu.kernels.compile import Kernel, helper
 from tpcpu.kernels.kv_cache import NAMES, TILE, position, rotate, store_key, store_value, word
 from tpcpu.kernels.record import BF16, INT8
 
+SHARED = "-shared"
+"""Ends the names of kernels in which all groups read one key, and values are its first dimensions."""
+
 
 @helper
 def _first_item(pieces, kv_heads, last_tiles, thread, threads):
@@ -51,11 +64,12 @@ def _first_item(pieces, kv_heads, last_tiles, thread, threads):
 
 
 @cache
-def attend_one(form: int) -> Kernel:
+def attend_one(form: int, shared: bool) -> Kernel:
     """For one token, from its query, key and value as they were projected: each piece of each group by itself.
 
     Threads rotate what they need of the query for themselves, and whoever has the piece with the new position puts
-    its key and value there first: nobody else reads them. `join_pieces` follows.
+    its key and value there first: nobody else reads them. Where all groups share a key, that is done before, by
+    `store_latent`. `join_pieces` follows.
     """
 
     def attend_one(record, thread, threads):
@@ -66,18 +80,27 @@ def attend_one(form: int) -> Kernel:
         begin = _first_item(pieces - before, kv_heads, last_tiles, thread, threads)
         end = _first_item(pieces - before, kv_heads, last_tiles, thread + 1, threads)
         queries = queries_of(table_of(record, thread))
-        part_step = part_bytes_of(dim) * word(record, R.A_PART_TOKENS)
+        part_step = part_bytes_of(word(record, R.A_VALUE_DIM)) * word(record, R.A_PART_TOKENS)
         for item in range(begin, end):
             piece, kv_head = before + item // kv_heads, item % kv_heads
             first, stop = first_slot(record, kv_head), first_slot(record, kv_head + 1)
-            if item < begin + kv_heads:
+            if shared and item < begin + kv_heads:
+                fetch_queries(record, 0, first, stop, thread)
+            elif item < begin + kv_heads:
                 for slot in range(first, stop):
                     rotate(record, 0, head_of(record, slot), queries + 4 * row_floats_of(dim) * slot)
-            if piece == pieces - 1:
+            if not shared and piece == pieces - 1:
                 store_key(record, 0, kv_head, form)
                 store_value(record, 0, kv_head, form)
             part, following = part_of(record, 0, first, piece), before * kv_heads + item + 1
-            if form == INT8:
+            if shared:
+                if form == INT8:
+                    shared_piece_int8(record, 0, kv_head, piece, following, thread, part, part_step)
+                elif form == BF16:
+                    shared_piece_bf16(record, 0, kv_head, piece, following, thread, part, part_step)
+                else:
+                    shared_piece_float32(record, 0, kv_head, piece, following, thread, part, part_step)
+            elif form == INT8:
                 piece_int8(record, 0, kv_head, piece, following, thread, part, part_step)
             elif form == BF16:
                 piece_bf16(record, 0, kv_head, piece, following, thread, part, part_step)
@@ -87,11 +110,11 @@ def attend_one(form: int) -> Kernel:
                 for slot in range(first, stop):
                     finish(record, 0, slot, part_of(record, 0, slot, 0))
 
-    return Kernel(attend_one, f"attend-one-{NAMES[form]}")
+    return Kernel(attend_one, f"attend-one-{NAMES[form]}{SHARED if shared else ''}")
 
 
 @cache
-def attend_few(form: int) -> Kernel:
+def attend_few(form: int, shared: bool) -> Kernel:
     """For few tokens, after `rope_and_store`: each piece of each block by itself; `join_pieces` follows."""
 
     def attend_few(record, thread, threads):
@@ -115,7 +138,14 @@ def attend_few(form: int) -> Kernel:
                         total += cost * tiles
                         if not doing or middle < share_begin or middle >= share_end:
                             continue
-                        if form == INT8:
+                        if shared:
+                            if form == INT8:
+                                shared_apart_int8(record, token, end, kv_head, piece, fetched, thread)
+                            elif form == BF16:
+                                shared_apart_bf16(record, token, end, kv_head, piece, fetched, thread)
+                            else:
+                                shared_apart_float32(record, token, end, kv_head, piece, fetched, thread)
+                        elif form == INT8:
                             apart_int8(record, token, end, kv_head, piece, fetched, thread)
                         elif form == BF16:
                             apart_bf16(record, token, end, kv_head, piece, fetched, thread)
@@ -128,7 +158,7 @@ def attend_few(form: int) -> Kernel:
                                     finish(record, each, slot, part_of(record, each, slot, 0))
                     token = end
 
-    return Kernel(attend_few, f"attend-few-{NAMES[form]}")
+    return Kernel(attend_few, f"attend-few-{NAMES[form]}{SHARED if shared else ''}")
 
 
 def _join_pieces(record, thread, threads):
@@ -142,7 +172,7 @@ def _join_pieces(record, thread, threads):
         first = first_seen(record, position(step, token)) // PIECE
         whole = part_of(record, token, slot, first)
         for piece in range(first + 1, pieces_of(record, token)):
-            join(whole, part_of(record, token, slot, piece), word(record, R.A_DIM))
+            join(whole, part_of(record, token, slot, piece), word(record, R.A_VALUE_DIM))
         finish(record, token, slot, whole)
 
 
@@ -160,7 +190,7 @@ def _block_cost(record, token, end, group):
 
 
 @cache
-def attend_many(form: int) -> Kernel:
+def attend_many(form: int, shared: bool) -> Kernel:
     """For many tokens, after `rope_and_store`: all pieces of a block one after another, joined as they come."""
 
     def attend_many(record, thread, threads):
@@ -179,6 +209,13 @@ def attend_many(form: int) -> Kernel:
                     total += cost
                     if not doing or middle < share_begin or middle >= share_end:
                         pass
+                    elif shared:
+                        if form == INT8:
+                            shared_block_int8(record, token, end, kv_head, thread)
+                        elif form == BF16:
+                            shared_block_bf16(record, token, end, kv_head, thread)
+                        else:
+                            shared_block_float32(record, token, end, kv_head, thread)
                     elif form == INT8:
                         block_int8(record, token, end, kv_head, thread)
                     elif form == BF16:
@@ -187,4 +224,4 @@ def attend_many(form: int) -> Kernel:
                         block_float32(record, token, end, kv_head, thread)
                     token = end
 
-    return Kernel(attend_many, f"attend-many-{NAMES[form]}")
+    return Kernel(attend_many, f"attend-many-{NAMES[form]}{SHARED if shared else ''}")

@@ -39,57 +39,68 @@ from tpcpu.kernels.memory import load_f32, load_i32, load_i64, store_f32, store_
 from tpcpu.kernels.record import BF16, FLOAT32, INT8
 from tpcpu.kernels.simd import vectors as v
 
+
+def _name(form, shared):
+    return f"{NAMES[form]}-shared" if shared else NAMES[form]
+
+
 # One token, piece by piece
 
 
 @cache
-def _heads(heads, form):
+def _heads(heads, form, shared):
     """Makes the helper for so many query heads of a token over the piece whose tiles a table names."""
-    score, add = score_rows(heads, form, False), add_rows(heads, form, False)
+    # What has just been read as keys is not asked for again.
+    score, add = score_rows(heads, form, False, shared), add_rows(heads, form, shared)
 
     def attend(record, table, tiles, start, count, slot, own, queries, parts, part_step):
-        dim, weights = word(record, R.A_DIM), weights_of(table)
+        dim, weights = word(record, R.A_VALUE_DIM), weights_of(table)
         score(record, table, tiles, queries)
         for g in range(heads):
             adjust(record, weights + 4 * PIECE * g, slot + g, own, count)
             weigh(weights + 4 * PIECE * g, start, count, count, parts + part_step * g, dim)
         add(record, table, tiles, count, parts, part_step)
 
-    return helper(named(attend, f"attend-{heads}-heads-{NAMES[form]}"))
+    return helper(named(attend, f"attend-{heads}-heads-{_name(form, shared)}"))
 
 
 @cache
-def _piece(form):
+def _piece(form, shared):
     """Makes the helper for one piece of one group, whose queries lie in scratch by slot.
 
-    Sums go to `parts`, slot by slot. `following`: which piece, times the key/value heads, plus which head this thread
-    reads next: its keys are asked for.
+    `shared`: all groups read one key, in which values lie. Sums go to `parts`, slot by slot. `following`: which piece,
+    times the key/value heads, plus which head this thread reads next: its keys are asked for.
     """
-    four, two, one = _heads(4, form), _heads(2, form), _heads(1, form)
+    # With more rows side by side what is read once is used more often: worth it where there are many heads to a key.
+    many = MOST_ROWS if shared else 4
+    most, four, two, one = (_heads(rows, form, shared) for rows in (many, 4, 2, 1))
 
     def attend(record, token, kv_head, piece, following, thread, parts, part_step):
         step, kv_heads = word(record, R.STEP), word(record, R.A_KV_HEADS)
         dim, last = word(record, R.A_DIM), position(step, token)
         keys, store = word(record, R.A_KEYS), word(record, R.A_VALUES)
-        begin = piece * PIECE
+        begin, held = piece * PIECE, 0 if shared else kv_head
         own = last - begin
         start, count = max(0, first_seen(record, last) - begin), min(last + 1, begin + PIECE) - begin
         tiles = (count + TILE - 1) // TILE
         table = table_of(record, thread)
-        list_tiles(record, token, kv_head, begin, tiles, keys, table, form)
-        list_tiles(record, token, kv_head, begin, tiles, store, table + 8 * tiles, form)
+        list_tiles(record, token, held, begin, tiles, keys, table, form)
+        list_tiles(record, token, held, begin, tiles, store, table + 8 * tiles, form)
         # Behind the table's end tiles are asked for, or multiplied for scores that nobody looks at: any will do.
         ahead = table + 16 * tiles
         begin = following // kv_heads * PIECE
         there = min(ENTRIES_AHEAD, max(0, (last - begin + TILE) // TILE))
-        list_tiles(record, token, following % kv_heads, begin, there, keys, ahead, form)
+        list_tiles(record, token, 0 if shared else following % kv_heads, begin, there, keys, ahead, form)
         for i in range(there, ENTRIES_AHEAD):
             store_i64(ahead + 8 * i, load_i64(table))
 
         slot, stop = first_slot(record, kv_head), first_slot(record, kv_head + 1)
         queries = queries_of(table) + 4 * row_floats_of(dim) * slot
         while slot < stop:
-            if slot + 4 <= stop:
+            if many > 4 and slot + many <= stop:
+                most(record, table, tiles, start, count, slot, own, queries, parts, part_step)
+                done = many
+            elif slot + 4 <= stop:
                 four(record, table, tiles, start, count, slot, own, queries, parts, part_step)
                 done = 4
             elif slot + 2 <= stop:
@@ -102,7 +113,7 @@ def _piece(form):
             queries += 4 * row_floats_of(dim) * done
             parts += part_step * done
 
-    return helper(named(attend, f"attend-piece-{NAMES[form]}"))
+    return helper(named(attend, f"attend-piece-{_name(form, shared)}"))
 
 
 @helper
@@ -150,23 +161,34 @@ def pack_queries(record, token, tokens, first, group, thread):
         row += several
 
 
+@helper
+def copy_queries(record, token, tokens, first, group, thread):
+    """Rotated queries of a block, row by row."""
+    dim, out = word(record, R.A_DIM), queries_of(table_of(record, thread))
+    for row in range(tokens * group):
+        source = query_row(record, token + row // group, first + row % group)
+        for i in range(0, dim, LANES):
+            v.store(out + 4 * (dim * row + i), v.load(source + 4 * i))
+
+
 @cache
-def _block_piece(form):
+def _block_piece(form, shared):
     """Makes the helper for one piece of a block, whose queries are packed in scratch.
 
     Sums are joined with those of the pieces before in scratch, or, if `apart`, kept for `join_pieces`.
     """
-    score_most, score_four, score_two = (score_rows(rows, form, True) for rows in (MOST_ROWS, 4, 2))
+    score_most, score_four, score_two = (score_rows(rows, form, True, shared) for rows in (MOST_ROWS, 4, 2))
     add_most, add_four, add_two = (add_rows(rows, form, True) for rows in (MOST_ROWS, 4, 2))
 
     def attend(record, token, tokens, kv_head, piece, thread, apart):
-        dim, at = word(record, R.A_DIM), position(word(record, R.STEP), token)
+        dim, at = word(record, R.A_VALUE_DIM), position(word(record, R.STEP), token)
+        query_bytes, held = 4 * word(record, R.A_DIM), 0 if shared else kv_head
         first, group = first_slot(record, kv_head), first_slot(record, kv_head + 1) - first_slot(record, kv_head)
         begin, row_bytes, rows = piece * PIECE, part_bytes_of(dim), tokens * group
         table = table_of(record, thread)
         tiles = (min(at + tokens, begin + PIECE) - begin + TILE - 1) // TILE
-        list_tiles(record, token, kv_head, begin, tiles, word(record, R.A_KEYS), table, form)
-        list_tiles(record, token, kv_head, begin, tiles, word(record, R.A_VALUES), table + 8 * tiles, form)
+        list_tiles(record, token, held, begin, tiles, word(record, R.A_KEYS), table, form)
+        list_tiles(record, token, held, begin, tiles, word(record, R.A_VALUES), table + 8 * tiles, form)
         for i in range(2 * tiles, 2 * tiles + 4):
             # Multiplied for scores that nobody looks at.
             store_i64(table + 8 * i, load_i64(table))
@@ -180,7 +202,7 @@ def _block_piece(form):
             if count <= 0 or first_seen(record, at + row // group) >= begin + PIECE:
                 row += several
                 continue
-            queries, seen = queries_of(table) + 4 * dim * row, (count + TILE - 1) // TILE
+            queries, seen = queries_of(table) + query_bytes * row, (count + TILE - 1) // TILE
             if several == MOST_ROWS:
                 score_most(record, table, seen, queries)
             elif several == 4:
@@ -216,22 +238,25 @@ def _block_piece(form):
                         join(whole, part, dim)
             row += several
 
-    return helper(named(attend, f"attend-block-piece-{NAMES[form]}"))
+    return helper(named(attend, f"attend-block-piece-{_name(form, shared)}"))
 
 
 @cache
-def _block(form):
+def _block(form, shared):
     """Makes the helper for a block, the tokens from `token` to `end`: all its pieces, joined as they come."""
-    one_piece, block_piece = _piece(form), _block_piece(form)
+    one_piece, block_piece = _piece(form, shared), _block_piece(form, shared)
 
     def attend(record, token, end, kv_head, thread):
-        kv_heads, dim = word(record, R.A_KV_HEADS), word(record, R.A_DIM)
+        kv_heads, dim = word(record, R.A_KV_HEADS), word(record, R.A_VALUE_DIM)
         first, stop = first_slot(record, kv_head), first_slot(record, kv_head + 1)
         group, row, table = stop - first, part_bytes_of(dim), table_of(record, thread)
         wholes, parts = wholes_of(record, table), parts_of(record, table)
         begin = first_seen(record, position(word(record, R.STEP), token)) // PIECE
         if end > token + 1:
-            pack_queries(record, token, end - token, first, group, thread)
+            if shared:
+                copy_queries(record, token, end - token, first, group, thread)
+            else:
+                pack_queries(record, token, end - token, first, group, thread)
             for piece in range(begin, pieces_of(record, end - 1)):
                 block_piece(record, token, end - token, kv_head, piece, thread, False)
         else:
@@ -245,20 +270,23 @@ def _block(form):
         for i in range((end - token) * group):
             finish(record, token + i // group, first + i % group, wholes + row * i)
 
-    return helper(named(attend, f"attend-block-{NAMES[form]}"))
+    return helper(named(attend, f"attend-block-{_name(form, shared)}"))
 
 
 @cache
-def _apart(form):
+def _apart(form, shared):
     """Makes the helper for a piece of a block, whose sums are kept for `join_pieces`. `fetched`: queries are there."""
-    one_piece, block_piece = _piece(form), _block_piece(form)
+    one_piece, block_piece = _piece(form, shared), _block_piece(form, shared)
 
     def attend(record, token, end, kv_head, piece, fetched, thread):
-        kv_heads, row = word(record, R.A_KV_HEADS), part_bytes_of(word(record, R.A_DIM))
+        kv_heads, row = word(record, R.A_KV_HEADS), part_bytes_of(word(record, R.A_VALUE_DIM))
         first, stop = first_slot(record, kv_head), first_slot(record, kv_head + 1)
         if end > token + 1:
             if not fetched:
-                pack_queries(record, token, end - token, first, stop - first, thread)
+                if shared:
+                    copy_queries(record, token, end - token, first, stop - first, thread)
+                else:
+                    pack_queries(record, token, end - token, first, stop - first, thread)
             block_piece(record, token, end - token, kv_head, piece, thread, True)
         else:
             if not fetched:
@@ -266,11 +294,15 @@ def _apart(form):
             sums, following = part_of(record, token, first, piece), (piece + 1) * kv_heads + kv_head
             one_piece(record, token, kv_head, piece, following, thread, sums, row * word(record, R.A_PART_TOKENS))
 
-    return helper(named(attend, f"attend-apart-{NAMES[form]}"))
+    return helper(named(attend, f"attend-apart-{_name(form, shared)}"))
 
 
 # Kernels find these by their names: a compiled function that is part of a closure is compiled anew in every process.
 
-piece_float32, piece_bf16, piece_int8 = _piece(FLOAT32), _piece(BF16), _piece(INT8)
-block_float32, block_bf16, block_int8 = _block(FLOAT32), _block(BF16), _block(INT8)
-apart_float32, apart_bf16, apart_int8 = _apart(FLOAT32), _apart(BF16), _apart(INT8)
+piece_float32, piece_bf16, piece_int8 = (_piece(form, False) for form in (FLOAT32, BF16, INT8))
+block_float32, block_bf16, block_int8 = (_block(form, False) for form in (FLOAT32, BF16, INT8))
+apart_float32, apart_bf16, apart_int8 = (_apart(form, False) for form in (FLOAT32, BF16, INT8))
+
+shared_piece_float32, shared_piece_bf16, shared_piece_int8 = (_piece(form, True) for form in (FLOAT32, BF16, INT8))
+shared_block_float32, shared_block_bf16, shared_block_int8 = (_block(form, True) for form in (FLOAT32, BF16, INT8))
+shared_apart_float32, shared_apart_bf16, shared_apart_int8 = (_apart(form, True) for form in (FLOAT32, BF16, INT8))

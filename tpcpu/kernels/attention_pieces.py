@@ -13,7 +13,16 @@ from functools import cache
 from numpy import float32
 
 from tpcpu.kernels import record as R
-from tpcpu.kernels.attention_tiles import AHEAD, LANES, MOST_ROWS, PIECE, scores, values, vectors_at_once
+from tpcpu.kernels.attention_tiles import (
+    AHEAD,
+    LANES,
+    MOST_ROWS,
+    PIECE,
+    scores,
+    scores_by_position,
+    values,
+    vectors_at_once,
+)
 from tpcpu.kernels.compile import helper, named
 from tpcpu.kernels.kv_cache import NAMES, TILE, position, word
 from tpcpu.kernels.memory import float_bits, load_f32, load_i32, load_i64, store_f32
@@ -25,6 +34,9 @@ TILES = PIECE // TILE
 ENTRIES_AHEAD = AHEAD + 4
 _TABLE_BYTES = (8 * (2 * TILES + ENTRIES_AHEAD) + 63) // 64 * 64
 _SCORES_BYTES = 4 * MOST_ROWS * PIECE
+
+GROUP = 8
+"""Query heads that are a group where all of them read one key."""
 
 BLOCK_ROWS = 64
 """Rows that go through the pieces together: so many tokens of a sequence that the rows of a group are no more."""
@@ -40,10 +52,10 @@ def part_bytes(dim: int) -> int:
     return 4 * ((dim + TILE - 1) // TILE * TILE + TILE)
 
 
-def scratch_bytes(dim: int, heads: int) -> int:
+def scratch_bytes(dim: int, value_dim: int, heads: int) -> int:
     """What a thread needs: a table of tiles, scores, queries, and sums, of the pieces so far and of the newest."""
     rows = max(heads, BLOCK_ROWS)
-    nbytes = _TABLE_BYTES + _SCORES_BYTES + 4 * rows * row_floats(dim) + 2 * rows * part_bytes(dim)
+    nbytes = _TABLE_BYTES + _SCORES_BYTES + 4 * rows * row_floats(dim) + 2 * rows * part_bytes(value_dim)
     return (nbytes + 63) // 64 * 64
 
 
@@ -76,7 +88,7 @@ def wholes_of(record, table):
 @helper
 def parts_of(record, table):
     rows = max(word(record, R.A_Q_HEADS), BLOCK_ROWS)
-    return wholes_of(record, table) + part_bytes_of(word(record, R.A_DIM)) * rows
+    return wholes_of(record, table) + part_bytes_of(word(record, R.A_VALUE_DIM)) * rows
 
 
 @helper
@@ -100,7 +112,7 @@ def first_seen(record, at):
 def part_of(record, token, slot, piece):
     """Where a piece's sums lie that are joined later, perhaps by another thread."""
     row = (token * word(record, R.A_Q_HEADS) + slot) * word(record, R.A_PART_TOKENS) + piece
-    return word(record, R.A_PARTS) + part_bytes_of(word(record, R.A_DIM)) * row
+    return word(record, R.A_PARTS) + part_bytes_of(word(record, R.A_VALUE_DIM)) * row
 
 
 @helper
@@ -177,15 +189,22 @@ def _fold(weights, count, table, dim):
 
 
 @cache
-def score_rows(rows: int, form: int, packed: bool):
-    """Makes the helper for the scores of so many rows over the piece whose tiles a table names."""
+def score_rows(rows: int, form: int, packed: bool, shared: bool):
+    """Makes the helper for the scores of so many rows over the piece whose tiles a table names.
+
+    `shared`: values are the first dimensions of keys, whose tiles are position by position; queries lie row by row.
+    """
 
     def score(record, table, tiles, queries):
         dim = word(record, R.A_DIM)
         scale = float_bits(word(record, R.A_SCALE))
-        scores(rows, form, packed, table, tiles, queries, 4 * row_floats_of(dim), dim, scale, weights_of(table))
+        if shared:
+            scores_by_position(rows, form, table, tiles, queries, 4 * dim, dim, scale, weights_of(table))
+        else:
+            scores(rows, form, packed, table, tiles, queries, 4 * row_floats_of(dim), dim, scale, weights_of(table))
 
-    return helper(named(score, f"score-{rows}-rows-{NAMES[form]}{'-packed' if packed else ''}"))
+    name = f"score-{rows}-rows-{NAMES[form]}{'-packed' if packed else ''}{'-shared' if shared else ''}"
+    return helper(named(score, name))
 
 
 @cache
@@ -194,16 +213,16 @@ def add_rows(rows: int, form: int, packed: bool):
     at_once = vectors_at_once(rows)
 
     def add(record, table, tiles, count, parts, part_step):
-        dim, weights = word(record, R.A_DIM), weights_of(table)
+        dim, last, weights = word(record, R.A_DIM), word(record, R.A_VALUE_DIM), weights_of(table)
         store = table + 8 * tiles
         if form == INT8:
             for g in range(rows):
                 _fold(weights + 4 * PIECE * g, count, store, dim)
         column = 0
-        while column + at_once * LANES <= dim:
+        while column + at_once * LANES <= last:
             values(rows, at_once, form, packed, store, count, weights, dim, column, parts, part_step)
             column += at_once * LANES
-        while column < dim:
+        while column < last:
             values(rows, 1, form, packed, store, count, weights, dim, column, parts, part_step)
             column += LANES
 
@@ -247,7 +266,7 @@ def _with_sink(whole, sink, total, dim):
 @helper
 def finish(record, token, slot, whole):
     """out = the weighted values over the sum of weights, to which a sink adds its own."""
-    dim = word(record, R.A_DIM)
+    dim = word(record, R.A_VALUE_DIM)
     out = word(record, R.A_OUT) + token * word(record, R.A_OUT_STRIDE) + 4 * head_of(record, slot) * dim
     total = v.splat(load_f32(whole + 4 * row_floats_of(dim) + 4))
     sinks = word(record, R.A_SINKS)

@@ -121,6 +121,49 @@ def _emit_scores(b, rows, form, packed, table, tiles, queries, query_bytes, dim,
                 e.store(b, b.fmul(score, scale), e.offset(b, at, 4 * (g * PIECE + LANES * i)))
 
 
+def positions_at_once(rows: int) -> int:
+    """Positions side by side whose keys lie dimension behind dimension: as `tiles_at_once`."""
+    return max(1, 16 // rows if _WIDE else 8 // rows)
+
+
+def _emit_scores_by_position(b, rows, form, table, tiles, queries, query_bytes, dim, scale, out):
+    size, at_once = SIZES[form], min(TILE, positions_at_once(rows))
+    row_bytes = b.mul(dim, e.const(size))
+    row_at = [b.add(queries, b.mul(query_bytes, e.const(g))) for g in range(rows)]
+    scale = e.splat(b, scale, e.F32V)
+    # Sums of each lane, of all rows and positions of a tile, before the lanes are added.
+    lanes = cgutils.alloca_once(b, ir.ArrayType(e.F32V, rows * TILE))
+    lanes_at = b.ptrtoint(lanes, I64)
+    vector = 4 * LANES
+    with cgutils.for_range(b, tiles) as loop:
+        tile = _entry(b, table, loop.index)
+        with cgutils.for_range(b, e.const(TILE // at_once)) as some:
+            first = b.mul(some.index, e.const(at_once))
+            sums = [_registers(b, at_once) for _ in range(rows)]
+            keys_at = [b.add(tile, b.mul(e.offset(b, first, p), row_bytes)) for p in range(at_once)]
+            with cgutils.for_range(b, b.udiv(dim, e.const(LANES))) as step:
+                at, at_key = (b.mul(step.index, e.const(each * LANES)) for each in (4, size))
+                keys = [_load(b, b.add(address, at_key), form) for address in keys_at]
+                for g in range(rows):
+                    x = e.load(b, b.add(row_at[g], at), e.F32V)
+                    for register, key in zip(sums[g], keys, strict=True):
+                        b.store(e.fma(b, x, key, b.load(register)), register)
+            here = e.offset(b, lanes_at, first, vector)
+            for g in range(rows):
+                for p in range(at_once):
+                    e.store(b, b.load(sums[g][p]), e.offset(b, here, (g * TILE + p) * vector))
+        at = e.offset(b, out, loop.index, 4 * TILE)
+        for part in range(TILE // LANES):
+            if form == INT8:
+                worth = e.load(b, e.offset(b, e.offset(b, tile, dim, TILE), 4 * LANES * part), e.F32V)
+            for g in range(rows):
+                place = e.offset(b, lanes_at, (g * TILE + part * LANES) * vector)
+                score = e.sum_each(b, [e.load(b, e.offset(b, place, p * vector), e.F32V) for p in range(LANES)])
+                if form == INT8:
+                    score = b.fmul(score, worth)
+                e.store(b, b.fmul(score, scale), e.offset(b, at, 4 * (g * PIECE + LANES * part)))
+
+
 def _emit_values(b, rows, vectors, form, packed, table, count, weights, dim, column, sums_at, sums_bytes):
     size = SIZES[form]
     row_bytes, skipped = b.mul(dim, e.const(size)), b.mul(column, e.const(size))
@@ -164,6 +207,21 @@ def scores(typing_context, rows, form, packed, table, tiles, queries, query_byte
 
     integers = [types.int64] * 5
     return types.void(rows, form, packed, *integers, types.float32, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scores_by_position(typing_context, rows, form, table, tiles, queries, query_bytes, dim, scale, out):
+    """As `scores`, where tiles of keys lie position by position, and queries row by row.
+
+    `rows` and `form` are constants; `dim` is a multiple of a register. Lanes are added in the tree of `emit.sum_each`.
+    """
+    shape = [argument.literal_value for argument in (rows, form)]
+
+    def codegen(context, builder, signature, args):
+        _emit_scores_by_position(builder, *shape, *args[2:])
+        return context.get_dummy_value()
+
+    return types.void(rows, form, *[types.int64] * 5, types.float32, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)

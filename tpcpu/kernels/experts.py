@@ -14,7 +14,7 @@ from tpcpu.kernels import record as R
 from tpcpu.kernels.activations import feature_share, gated, token_share, word
 from tpcpu.kernels.compile import helper, kernel
 from tpcpu.kernels.isa import selected
-from tpcpu.kernels.memory import call_kernel, load_f32, load_i32, store_f32, store_i32, store_i64
+from tpcpu.kernels.memory import call_kernel, float_bits, load_f32, load_i32, store_f32, store_i32, store_i64
 from tpcpu.kernels.rounding import round_to_int8
 from tpcpu.kernels.simd import vectors as v
 
@@ -24,6 +24,16 @@ BLOCK = R.BLOCK
 
 UNPACKING = 8
 """Unpacking a panel is as much work as multiplying it with so many tokens."""
+
+
+NEVER = float32(-float("inf"))
+SMALLEST = float32(1e-20)
+"""Added to a sum of weights, so that none of them is divided by 0."""
+
+
+def choice_bytes(experts: int, groups: int) -> int:
+    """What a thread needs to choose: what is compared, then of each group its sum and whether it is kept."""
+    return 4 * (experts + 2 * groups + 2 * LANES)
 
 
 def own_bytes(segments: int) -> int:
@@ -49,33 +59,89 @@ def _largest(scores, count, after, last):
 
 
 @helper
-def _choose(record, scores, out):
-    """The numbers of a token's experts and their weights."""
-    count, top = word(record, R.WIDTH), word(record, R.E_TOP)
+def _p(record, scores, largest):
+    """A register of e^(score - largest), or of sigmoids."""
+    if word(record, R.T_SIGMOID):
+        one = v.splat(float32(1.0))
+        return v.div(one, v.add(one, v.exp(v.sub(v.splat(float32(0.0)), v.load(scores)))))
+    return v.exp(v.sub(v.load(scores), largest))
+
+
+@helper
+def _keep_groups(record, compared, count):
+    """Puts all experts out of the running that are not in the best groups."""
+    groups, top, best = word(record, R.T_GROUPS), word(record, R.T_TOP_GROUPS), word(record, R.T_GROUP_BEST)
+    size, sums = count // groups, compared + 4 * count
+    kept = sums + 4 * groups
+    for group in range(groups):
+        first, last, after, total = compared + 4 * group * size, -1, float32(0.0), float32(0.0)
+        for _ in range(best):
+            last = max(_largest(first, size, after, last), 0)
+            after = load_f32(first + 4 * last)
+            total += after
+        store_f32(sums + 4 * group, total)
+        store_f32(kept + 4 * group, float32(0.0))
     last, after = -1, float32(0.0)
-    for place in range(top):
-        last = _largest(scores, count, after, last)
-        # Where scores are not numbers, neither is the result; experts it must have.
-        last = max(last, 0)
-        after = load_f32(scores + 4 * last)
-        store_f32(out + 4 * place, float32(last))
-    largest = v.splat(load_f32(scores + 4 * int(load_f32(out))))
+    for _ in range(top):
+        last = max(_largest(sums, groups, after, last), 0)
+        after = load_f32(sums + 4 * last)
+        store_f32(kept + 4 * last, float32(1.0))
+    for i in range(count):
+        if load_f32(kept + 4 * (i // size)) == float32(0.0):
+            store_f32(compared + 4 * i, NEVER)
+
+
+@helper
+def _compared(record, scores, count, largest, whole, own):
+    """What is compared: scores themselves, whose order softmax keeps, or in a thread's memory p and what is added."""
+    bias, groups = word(record, R.BIAS), word(record, R.T_GROUPS)
+    if bias == 0 and groups == 1:
+        return scores
+    for i in range(0, count, LANES):
+        some = v.load(scores + 4 * i)
+        if bias:
+            some = v.add(v.div(_p(record, scores + 4 * i, largest), whole), v.load(bias + 4 * i))
+        v.store(own + 4 * i, some)
+    if groups > 1:
+        _keep_groups(record, own, count)
+    return own
+
+
+@helper
+def _choose(record, scores, out, own):
+    """The numbers of a token's experts and their weights."""
+    count, top, sigmoid = word(record, R.WIDTH), word(record, R.E_TOP), word(record, R.T_SIGMOID)
+    largest = v.splat(load_f32(scores + 4 * max(_largest(scores, count, float32(0.0), -1), 0)))
     total = v.splat(float32(0.0))
     for i in range(0, count, LANES):
-        some = v.exp(v.sub(v.load(scores + 4 * i), largest))
-        total = v.add(total, v.first_lanes(some, count - i, float32(0.0)))
+        total = v.add(total, v.first_lanes(_p(record, scores + 4 * i, largest), count - i, float32(0.0)))
     whole, chosen = v.sum_lanes(total), float32(0.0)
+    # A score that is no number spoils all weights of its token.
+    spoiled = whole - whole
+    if sigmoid:
+        whole = float32(1.0)
+    compared = _compared(record, scores, count, largest, v.splat(whole), own)
+    last, after = -1, float32(0.0)
     for place in range(top):
-        score = v.splat(load_f32(scores + 4 * int(load_f32(out + 4 * place))))
-        weight = v.first_lane(v.exp(v.sub(score, largest)))
+        last = _largest(compared, count, after, last)
+        # Where scores are not numbers, neither is the result; experts it must have.
+        last = max(last, 0)
+        after = load_f32(compared + 4 * last)
+        store_f32(out + 4 * place, float32(last))
+        weight = v.first_lane(_p(record, scores + 4 * last, largest))
         chosen += weight
         store_f32(out + 4 * (top + place), weight)
     if word(record, R.E_NORMALISED):
-        # A score that is no number spoils all weights of its token, as it does without normalising.
-        whole = chosen + (whole - whole)
+        whole = chosen + SMALLEST
+    factor = float_bits(word(record, R.T_FACTOR)) + spoiled
     for place in range(top):
         at = out + 4 * (top + place)
-        store_f32(at, load_f32(at) / whole)
+        store_f32(at, load_f32(at) / whole * factor)
+
+
+@helper
+def _choice_memory(record, thread):
+    return word(record, R.T_OWN) + thread * word(record, R.T_OWN_STRIDE)
 
 
 @kernel("route")
@@ -84,7 +150,8 @@ def route(record, thread, threads):
     tokens = _tokens(record)
     for token in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         scores = word(record, R.IN) + token * word(record, R.IN_STRIDE)
-        _choose(record, scores, word(record, R.E_CHOICE) + token * word(record, R.E_CHOICE_STRIDE))
+        out = word(record, R.E_CHOICE) + token * word(record, R.E_CHOICE_STRIDE)
+        _choose(record, scores, out, _choice_memory(record, thread))
 
 
 @helper
@@ -96,7 +163,7 @@ def _own_choice(record, thread):
 @kernel("route-one")
 def route_one(record, thread, _threads):
     """Chooses the experts of the one token, every thread for itself."""
-    _choose(record, word(record, R.IN), _own_choice(record, thread))
+    _choose(record, word(record, R.IN), _own_choice(record, thread), _choice_memory(record, thread))
 
 
 @kernel("arrange-pairs")

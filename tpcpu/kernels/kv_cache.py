@@ -222,11 +222,17 @@ def store_key(record, token, kv_head, form):
 @helper
 def store_value(record, token, kv_head, form):
     """Copies a value of a token into the cache."""
-    size, dim = _size(form), word(record, R.A_DIM)
     at = position(word(record, R.STEP), token)
     source = word(record, R.A_V) + token * word(record, R.A_V_STRIDE)
     source += word(record, R.A_V_FIRST) + kv_head * word(record, R.A_V_STEP)
     tile = _tile(record, token, kv_head, at, word(record, R.A_VALUES), form)
+    _store_row(source, tile, at, word(record, R.A_DIM), form)
+
+
+@helper
+def _store_row(source, tile, at, dim, form):
+    """A row of `dim` float32 to the place in its tile of position `at`."""
+    size = _size(form)
     out = tile + size * dim * (at % TILE)
     whole = dim // LANES * LANES
     steps = float32(1.0)
@@ -250,6 +256,55 @@ def store_value(record, token, kv_head, form):
         if form == INT8:
             x *= steps
         _store_element(out + size * i, x, form)
+
+
+# Values that lie in keys
+
+
+@helper
+def _latent_row(record, at, source, dim, turned, out):
+    """`dim` features of a row, then what is rotated, then zeros: `A_DIM` float32."""
+    half = word(record, R.A_TURNED) // 2
+    whole = dim // LANES * LANES
+    for i in range(0, whole, LANES):
+        v.store(out + 4 * i, v.load(source + 4 * i))
+    for i in range(whole, dim):
+        store_f32(out + 4 * i, load_f32(source + 4 * i))
+    for i in range(half):
+        one, other = _pair(record, i)
+        x, y = _rotated(record, turned, at, i, 0, float32(1.0))
+        store_f32(out + 4 * (dim + one), x)
+        store_f32(out + 4 * (dim + other), y)
+    for i in range(dim + 2 * half, word(record, R.A_DIM)):
+        store_f32(out + 4 * i, float32(0.0))
+
+
+@cache
+def store_latent(form: int) -> Kernel:
+    """Puts queries together at `A_ROTATED`, and the one key, which holds the value, into the cache."""
+
+    def store_latent(record, thread, threads):
+        step, heads, dim = word(record, R.STEP), word(record, R.A_Q_HEADS), word(record, R.A_VALUE_DIM)
+        items = word(step, R.TOKENS) * (heads + 1)
+        room = word(record, R.A_SCRATCH) + thread * word(record, R.A_SCRATCH_STRIDE)
+        for item in range(items * thread // threads, items * (thread + 1) // threads):
+            token, head = item // (heads + 1), item % (heads + 1) - 1
+            at = position(step, token)
+            if head < 0:
+                source = word(record, R.A_K) + token * word(record, R.A_K_STRIDE) + word(record, R.A_K_FIRST)
+                turned = word(record, R.A_K_TURNED) + token * word(record, R.A_K_TURNED_STRIDE)
+                _latent_row(record, at, source, dim, turned, room)
+                tile = _tile(record, token, 0, at, word(record, R.A_KEYS), form)
+                _store_row(room, tile, at, word(record, R.A_DIM), form)
+            else:
+                source = word(record, R.A_Q) + token * word(record, R.A_Q_STRIDE)
+                source += word(record, R.A_Q_FIRST) + head * word(record, R.A_Q_STEP)
+                turned = word(record, R.A_Q_TURNED) + token * word(record, R.A_Q_TURNED_STRIDE)
+                turned += head * word(record, R.A_Q_TURNED_STEP)
+                out = word(record, R.A_ROTATED) + token * word(record, R.A_ROTATED_STRIDE)
+                _latent_row(record, at, source, dim, turned, out + 4 * head * word(record, R.A_DIM))
+
+    return Kernel(store_latent, f"store-latent-{NAMES[form]}")
 
 
 @cache

@@ -61,7 +61,7 @@ def _float_value(address, form):
 
 
 @helper
-def _decode(record, segment, row, target, form, exact):
+def decode(record, segment, row, target, form, exact):
     """A row as int8 or, in exact arithmetic and for float weights, as float32."""
     columns = _word(segment, R.S_COLUMNS)
     table = _word(record, R.TABLE)
@@ -85,7 +85,7 @@ def _decode(record, segment, row, target, form, exact):
 
 
 @helper
-def _scale(segment, row, block, form):
+def scale(segment, row, block, form):
     blocks = _word(segment, R.S_COLUMNS) // BLOCK
     scales = _word(segment, R.S_SCALES)
     if form != NF4:
@@ -97,7 +97,7 @@ def _scale(segment, row, block, form):
 
 
 @helper
-def _float_block(weights, x, count):
+def float_block(weights, x, count):
     """The sum of `count` products."""
     total = v.splat(float32(0.0))
     whole = count // LANES * LANES
@@ -123,12 +123,12 @@ def _row(record, segment, row, x, token, decoded, form, exact):
         for block in range(first, min(first + SPAN, blocks)):
             at = block * BLOCK
             if form in FLOATS:
-                span += _float_block(decoded + 4 * at, x + 4 * at, min(columns - at, BLOCK))
+                span += float_block(decoded + 4 * at, x + 4 * at, min(columns - at, BLOCK))
             elif exact:
-                span += _scale(segment, row, block, form) * _float_block(decoded + 4 * at, x + 4 * at, BLOCK)
+                span += scale(segment, row, block, form) * float_block(decoded + 4 * at, x + 4 * at, BLOCK)
             else:
                 product = float32(_dot_bytes(decoded + at, x + at))
-                span += _scale(segment, row, block, form) * (load_f32(x_scales + 4 * block) * factor) * product
+                span += scale(segment, row, block, form) * (load_f32(x_scales + 4 * block) * factor) * product
         total += span
     return total
 
@@ -153,7 +153,7 @@ def _make(form: int, exact: int, one: int) -> Kernel:
                 if form == INT8 and not exact:
                     decoded = _word(segment, R.S_VALUES) + row * _word(segment, R.S_COLUMNS)
                 else:
-                    _decode(record, segment, row, decoded, form, exact)
+                    decode(record, segment, row, decoded, form, exact)
                 bias = _word(segment, R.S_BIAS)
                 for token in range(tokens):
                     value = _row(record, segment, row, x, row_of_one + token, decoded, form, exact)

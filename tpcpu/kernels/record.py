@@ -61,7 +61,7 @@ BARRIER = 3
 STEP = 4
 """Address of the step."""
 OPERANDS = 5
-RECORD_WORDS = 48
+RECORD_WORDS = 56
 
 # Operands of the kernels that go through activations feature by feature. Strides are bytes from token to token.
 IN = 5
@@ -220,6 +220,18 @@ A_SLOPES = 42
 """float32 numbers from 0 to 255, then what each query head's scores lose with every position back; 0: nothing."""
 A_SINKS = 43
 """float32, one more score of each query head, of a position that has no value; 0: none."""
+A_VALUE_DIM = 44
+"""Dimensions of a value."""
+
+# Where values are the first dimensions of the one key of all heads, its tiles are position by position like those of
+# values, and there are no others. What is rotated comes from elsewhere than the rest of a row.
+A_Q_TURNED = 45
+"""What is rotated of the first query head, then bytes from token to token and from head to head."""
+A_Q_TURNED_STRIDE = 46
+A_Q_TURNED_STEP = 47
+A_K_TURNED = 48
+"""What is rotated of the key, then bytes from token to token."""
+A_K_TURNED_STRIDE = 49
 
 # Operands of a linear.
 X = 5
@@ -252,6 +264,19 @@ IS_PRIVATE = 20
 ROOM = 21
 """Memory of each thread for products with many tokens, `gemm.room_bytes`, and the bytes from one to the next."""
 ROOM_STRIDE = 22
+
+# Operands of a product by heads, beside those of a linear: one segment, of whose rows each head has its own.
+H_HEADS = 23
+H_X_STEP = 24
+"""Bytes of activations from head to head; they are float32."""
+H_ROWS = 25
+"""Rows of a head, the first one's first row, and rows from head to head."""
+H_FIRST = 26
+H_STEP = 27
+H_OUT = 28
+"""The result of the first head, then bytes from token to token and from head to head."""
+H_OUT_STRIDE = 29
+H_OUT_STEP = 30
 
 # Operands of a mixture of experts. A token and an expert that it chose are a pair; pairs of several tokens lie by
 # expert. A product has the operands of a linear too, and puts its segments together as it runs.
@@ -291,6 +316,19 @@ E_KERNELS = 42
 E_FIRST = 45
 """Of what an expert's `down` multiplies: the first own column, and all columns in whole blocks."""
 E_COLUMNS = 46
+
+# Further operands of the choice of experts; what is added to p is `BIAS`.
+T_SIGMOID = 32
+"""1: p is the sigmoid of a score; 0: softmax over all."""
+T_GROUPS = 33
+"""Groups of experts, how many of them are kept, and of how many experts of each the sum is compared."""
+T_TOP_GROUPS = 34
+T_GROUP_BEST = 35
+T_FACTOR = 36
+"""Bits of a float32 that weights are multiplied with."""
+T_OWN = 37
+"""Memory of each thread, `experts.choice_bytes`, and the bytes from one to the next."""
+T_OWN_STRIDE = 38
 
 # A segment of a linear.
 S_VALUES = 0

@@ -28,15 +28,18 @@ from tpcpu.program.operations import (
     Kind,
     KvShape,
     Linear,
+    LinearByHeads,
     Logits,
     Operation,
     Program,
     RmsNorm,
     RopeAndStore,
     Route,
+    Scoring,
     Segment,
     ShortConv,
     Weight,
+    latent_dim,
 )
 from tpcpu.program.rope import Rope
 
@@ -117,6 +120,20 @@ class Builder:
         self._emit(Linear(x, tuple(segments)))
         return tuple(outs)
 
+    def linear_by_heads(
+        self, x: Heads, weight: Weight, rows: int, first: int, step: int, *, turned: bool = False,
+        covering: tuple[Range, int] | None = None,
+    ) -> Buffer:  # fmt: skip
+        """See `LinearByHeads`. `covering` = (this rank's heads, all heads) when the consumer's inputs are divided."""
+        dim = weight.full_columns if turned else rows
+        assert x.dim == (rows if turned else weight.full_columns), (x, weight)
+        if covering:
+            out = self._covering("by_heads", covering[0] * dim, covering[1] * dim, BLOCK)
+        else:
+            out = self._buffer("by_heads", x.count * dim)
+        self._emit(LinearByHeads(x, weight, rows, first, step, turned, out))
+        return out
+
     def short_conv(self, x: Buffer, matrix: Matrix, covering: tuple[Range, int] | None = None) -> Buffer:
         """`covering` = (this rank's channels, all channels) when the consumer's inputs are divided by them."""
         assert len(matrix.weight.columns) == 2 * x.width, (matrix.weight, x)
@@ -141,15 +158,32 @@ class Builder:
         self._emit(RopeAndStore(q, k, v, rope, len(self._kv) - 1, out, q_norm, k_norm, eps))
         return out
 
+    def rope_and_store_latent(self, q: Heads, q_turned: Heads, k: Heads, k_turned: Heads, rope: Rope) -> Buffer:
+        """Queries as the next layer of the cache has its one key: what is not rotated, which is the value, then what
+        is; see `RopeAndStore`."""
+        assert k.count == k_turned.count == 1
+        dim = latent_dim(k.dim + k_turned.dim)
+        self._kv.append(KvShape(1, dim, shared=True))
+        out = self._buffer("query", q.count * dim)
+        layer = len(self._kv) - 1
+        self._emit(RopeAndStore(q, k, None, rope, layer, out, q_turned=q_turned, k_turned=k_turned))
+        return out
+
     def attention(
         self, q: Buffer, heads: Range, full_heads: int, kv_of: Sequence[int], scale: float, window: int = 0,
-        *, cap: float = 0.0, slopes: Sequence[float] = (), sinks: Weight | None = None,
+        *, cap: float = 0.0, slopes: Sequence[float] = (), sinks: Weight | None = None, value_dim: int = 0,
     ) -> Buffer:  # fmt: skip
-        """Attends over the cache that `rope_and_store` filled last; `heads` are this rank's of `full_heads`."""
+        """Attends over the cache that `rope_and_store` filled last; `heads` are this rank's of `full_heads`.
+
+        `value_dim`: of values that lie in keys.
+        """
         layer = len(self._kv) - 1
         dim = self._kv[layer].head_dim
-        out = self._covering("attention", heads * dim, full_heads * dim, BLOCK)
-        self._emit(Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out, window, cap, tuple(slopes), sinks))
+        wide = value_dim or dim
+        out = self._covering("attention", heads * wide, full_heads * wide, BLOCK)
+        self._emit(
+            Attention(q, len(heads), dim, tuple(kv_of), scale, layer, out, window, cap, tuple(slopes), sinks, value_dim)
+        )
         return out
 
     def glu(
@@ -176,11 +210,15 @@ class Builder:
 
     def experts(
         self, x: Buffer, scores: Buffer, top: int, experts: Sequence[Expert], features: Range, full_features: int, *,
-        normalised: bool, clamp: Clamp | None = None,
+        normalised: bool, clamp: Clamp | None = None, scoring: Scoring = Scoring.SOFTMAX,
+        correction: Weight | None = None, groups: tuple[int, int, int] = (1, 1, 1), factor: float = 1.0,
     ) -> Buffer:  # fmt: skip
-        """The sum of each token's `top` experts by its scores; `features` are this rank's of each expert's."""
+        """The sum of each token's `top` experts by its scores; `features` are this rank's of each expert's.
+
+        How they are chosen: see `Route`; `groups` = (how many, how many of them, of how many experts).
+        """
         choice = self._buffer("choice", 2 * top)
-        self._emit(Route(scores, top, normalised, choice))
+        self._emit(Route(scores, top, normalised, choice, scoring, correction, *groups, factor))
         inner = self._covering("expert", features, full_features, BLOCK)
         out = self._buffer("experts", experts[0].down.full_rows)
         self._emit(Experts(x, choice, tuple(experts), inner, out, clamp))
@@ -221,8 +259,9 @@ class Builder:
         )
 
     def _declare(self, weight: Weight) -> Weight:
-        assert self._weights.setdefault(weight.key, weight) == weight, f"{weight.name} is divided in two ways"
-        return weight
+        held = self._weights.setdefault(weight.key, weight)
+        assert held is weight or held == weight, f"{weight.name} is divided in two ways"
+        return held
 
     def _buffer(self, name: str, width: int, own: Range | None = None) -> Buffer:
         buffer = Buffer(f"{name}.{len(self._buffers)}", width, Range(0, width) if own is None else own)

@@ -26,8 +26,10 @@ from tpcpu.program.operations import (
     Experts,
     GatedAdd,
     Glu,
+    Heads,
     Kind,
     Linear,
+    LinearByHeads,
     Logits,
     Operation,
     Program,
@@ -87,12 +89,15 @@ def weight_bytes(weight: Weight, stored: str) -> int:
 
 def groups_touched(weight: Weight) -> int:
     """NF4 scale groups in which a rank has blocks: a rank that holds some columns shares groups with its neighbours."""
-    if not weight.size:
-        return 0
-    per_row, part = weight.full_columns // BLOCK, weight.columns.blocks(BLOCK)
+    return _groups_touched(weight.full_columns, weight.rows, weight.columns) if weight.size else 0
+
+
+@lru_cache(maxsize=1000)  # experts are alike
+def _groups_touched(full_columns: int, held: Range, columns: Range) -> int:
+    per_row, part = full_columns // BLOCK, columns.blocks(BLOCK)
     # After `period` rows the pattern of groups repeats, moved on by a whole number of groups.
     period = GROUP // math.gcd(per_row, GROUP)
-    first, rows = weight.rows.start, len(weight.rows)
+    first, rows = held.start, len(held)
     if rows <= 2 * period:
         return _groups_of_rows(per_row, part, first, rows)
     once = _groups_of_rows(per_row, part, first, period)
@@ -173,8 +178,19 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             multiplications = sum(weight.size for weight in multiplied)
             capped = 5 * operation.out.width if isinstance(operation, Logits) and operation.cap else 0
             return held + Cost(operations=2 * multiplications + sum(weight.size for weight in vectors) + capped)
-        case RopeAndStore(q=q, k=k, v=v):
-            written = k.count * held_as.row_bytes(k.dim) + v.count * held_as.row_bytes(v.dim)
+        case LinearByHeads():
+            part = operation.x.count * operation.rows / len(operation.weight.rows) if multiplied[0].size else 0
+            return Cost(
+                weight_bytes=round(part * held.weight_bytes),
+                operations=2 * operation.x.count * operation.rows * operation.weight.full_columns,
+            )
+        case RopeAndStore(q_turned=Heads() as q):
+            cached = program.kv[operation.layer]
+            return Cost(
+                operations=3 * (q.count + 1) * operation.rope.dim, cache_bytes=held_as.row_bytes(cached.head_dim)
+            )
+        case RopeAndStore(q=q, k=k):
+            written = 2 * k.count * held_as.row_bytes(k.dim)
             normed = [heads for heads, norm in ((q, operation.q_norm), (k, operation.k_norm)) if norm]
             turned = 3 * (q.count + k.count) * operation.rope.dim
             return held + Cost(
@@ -184,8 +200,14 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             cached = program.kv[operation.layer]
             return held + Cost(
                 operations_per_position=operation.heads
-                * (4 * operation.head_dim + 3 + (5 if operation.cap else 0) + (3 if operation.slopes else 0)),
-                cache_bytes_per_position=2 * cached.heads * held_as.row_bytes(cached.head_dim),
+                * (
+                    2 * operation.head_dim
+                    + 2 * (operation.value_dim or operation.head_dim)
+                    + 3
+                    + (5 if operation.cap else 0)
+                    + (3 if operation.slopes else 0)
+                ),
+                cache_bytes_per_position=cached.rows * cached.heads * held_as.row_bytes(cached.head_dim),
             )
         case Glu():
             return Cost(operations=(4 if operation.activation is Activation.SILU else 8) * len(operation.out.own))
@@ -195,8 +217,10 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             # A product, its part of the softmax, and of the sum: for every pair.
             return Cost(operations=6 * operation.out.width**2)
         case Route():
-            # The softmax, and a look at every score for each choice.
-            return Cost(operations=(2 + operation.top) * operation.scores.width)
+            # The softmax or the sigmoids, and a look at every score for each choice, of a group or of an expert.
+            looks = operation.top + (operation.group_best if operation.groups > 1 else 0)
+            added = 1 if operation.correction else 0
+            return held + Cost(operations=(2 + looks + added) * operation.scores.width)
         case Experts(inner=inner, out=out):
             multiplications = sum(weight.size for weight in multiplied)
             gate = 4 if operation.clamp is None else 9
@@ -294,7 +318,7 @@ def memory(program: Program, storage: Storage, context: int, sequences: int = 1,
     return Memory(
         weights=sum(weight_bytes(weight, storage.of(weight)) for weight in program.weights if weight.kind.is_packed),
         vectors=sum(weight_bytes(weight, "float32") for weight in program.weights if weight.kind is Kind.VECTOR),
-        cache=2 * sum(KV_FORMATS[storage.cache].page_bytes(kv, context) for kv in program.kv) * sequences,
+        cache=sum(kv.rows * KV_FORMATS[storage.cache].page_bytes(kv, context) for kv in program.kv) * sequences,
         states=(RING + -(-context // page_tokens)) * 4 * sum(program.states) * sequences,
     )
 

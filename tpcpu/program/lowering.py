@@ -26,6 +26,7 @@ from tpcpu.program.operations import (
     GatedAdd,
     Glu,
     Linear,
+    LinearByHeads,
     Logits,
     Operation,
     Program,
@@ -207,7 +208,11 @@ class _Meetings:
                     waits |= self._meet_for(whole=inputs(operation))
                 case Attention():
                     self._meet()
-                    inner += 1
+                    # Where values lie in keys, these are stored before anybody reads them.
+                    inner += 2 if operation.value_dim else 1
+                    self._write(operation.out, by_slices=False)
+                case LinearByHeads():
+                    waits |= self._meet_for(whole=inputs(operation))
                     self._write(operation.out, by_slices=False)
                 case Linear() | ShortConv():
                     # What goes to the other ranks lies where they may still be reading the message before the last.

@@ -11,7 +11,7 @@ import numpy as np
 from tpcpu.kernels import activations, experts
 from tpcpu.kernels import record as R
 from tpcpu.program.memory import Buffers, Place, Records, stride_bytes
-from tpcpu.program.operations import BLOCK, Expert, Experts, Route, Weight
+from tpcpu.program.operations import BLOCK, Expert, Experts, Route, Scoring, Weight
 from tpcpu.program.products import Input, Products, Rounded
 from tpcpu.program.weights import Stored, float_bits, panel_bytes
 
@@ -59,6 +59,7 @@ class Mixtures:
         self._products, self._buffers, self._records = products, buffers, records
         self._threads, self._tokens = threads, tokens
         self._rooms: dict[tuple[int, ...], _Room] = {}
+        self._choices: dict[tuple[int, int], int] = {}
 
     def add(self, route: Route, op: Experts, scores: Place, read: Input, choice: Place, out: Place) -> None:
         """`read`: the activations, rounded or not yet; `out`: where the sum of a token's experts goes."""
@@ -69,7 +70,7 @@ class Mixtures:
             R.E_STARTS: room.starts, R.E_PAIRS: room.pairs, R.E_NUMBERS: room.numbers,
         }  # fmt: skip
         from_scores = {R.IN: scores.address, R.IN_STRIDE: scores.stride, R.WIDTH: route.scores.width}
-        add([experts.route_one, experts.route, experts.route], chosen | from_scores)
+        add([experts.route_one, experts.route, experts.route], chosen | from_scores | self._choosing(route))
         add([activations.nothing, experts.arrange, experts.arrange], chosen)
 
         def outer(expert: Expert) -> tuple[tuple[Weight, Weight | None], ...]:
@@ -89,6 +90,18 @@ class Mixtures:
         self._gate_and_down(op, chosen)
         words = {**_rows(room.down), R.OUT: out.address, R.OUT_STRIDE: out.stride, R.WIDTH: op.out.width}
         add([experts.combine_of_one, experts.combine, experts.combine], chosen | words)
+
+    def _choosing(self, route: Route) -> Words:
+        """What a choice depends on beside scores."""
+        key, stride = (route.scores.width, route.groups), experts.choice_bytes(route.scores.width, route.groups)
+        if key not in self._choices:
+            self._choices[key] = self._buffers.take(self._threads * stride)
+        return {
+            R.T_SIGMOID: int(route.scoring is Scoring.SIGMOID), R.T_GROUPS: route.groups,
+            R.T_TOP_GROUPS: route.top_groups, R.T_GROUP_BEST: route.group_best, R.T_FACTOR: float_bits(route.factor),
+            R.T_OWN: self._choices[key], R.T_OWN_STRIDE: stride,
+            R.BIAS: self._products.vector(route.correction) if route.correction else 0,
+        }  # fmt: skip
 
     def _gate_and_down(self, op: Experts, chosen: Words) -> None:
         room, products = self._room(op), self._products

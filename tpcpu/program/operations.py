@@ -19,6 +19,13 @@ PIECE = 256
 """Cache positions whose softmax is accumulated together; pieces are joined in order. It fixes the order of sums."""
 
 
+class Scoring(Enum):
+    """What an expert's score goes through: softmax over the experts, or 1 / (1 + e^-x) of each."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
 class Activation(Enum):
     """What a gate goes through: x * sigmoid(x), or GELU in its tanh form."""
 
@@ -166,6 +173,29 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class LinearByHeads:
+    """Each head times rows of its own of one weight: out_h = x_h @ w_h.T, or x_h @ w_h if `turned`.
+
+    w_h are `rows` rows of those that this rank holds, from `first` + h * `step` on. Activations are never rounded: of
+    what a token multiplies this is little, and a head's few features would be rounded for little gain.
+    """
+
+    x: Heads
+    weight: Weight
+    rows: int
+    first: int
+    step: int
+    turned: bool
+    out: Buffer
+    """Head after head."""
+
+    @property
+    def dim(self) -> int:
+        """Features of a head of the result."""
+        return self.weight.full_columns if self.turned else self.rows
+
+
+@dataclass(frozen=True)
 class ShortConv:
     """out_t = weight[:, :, 0] @ x_(t-1) + weight[:, :, 1] @ x_t + bias; x before a sequence is zero.
 
@@ -185,17 +215,22 @@ class RopeAndStore:
     """Rotates q and k by their positions; writes q to `out` and appends k and v to the cache of `layer`.
 
     Before that each head of q and of k goes through an RmsNorm of its own, where there is a weight for it.
+
+    Where there is no v, values are the first dimensions of the one key that all heads read, k; then what is rotated are
+    `q_turned` and `k_turned`, which follow q and k in a row, and zeros fill it up to a multiple of 16: `latent_dim`.
     """
 
     q: Heads
     k: Heads
-    v: Heads
+    v: Heads | None
     rope: Rope
     layer: int
     out: Buffer
     q_norm: Weight | None = None
     k_norm: Weight | None = None
     eps: float = 0.0
+    q_turned: Heads | None = None
+    k_turned: Heads | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +240,8 @@ class Attention:
     Query head h reads key/value head `kv_of[h]` of those that this rank holds. A token sees itself and the
     `window` - 1 before it, or all where that is 0. With a `cap` s becomes cap * tanh(s / cap); with `slopes`, one a
     head, a position that is n back loses slope * n. With `sinks`, one a head, the softmax has one score more than there
-    are positions, and what that one takes of the weights goes nowhere.
+    are positions, and what that one takes of the weights goes nowhere. Where the cache says so V is the first
+    `value_dim` dimensions of K.
     """
 
     q: Buffer
@@ -219,6 +255,8 @@ class Attention:
     cap: float = 0.0
     slopes: tuple[float, ...] = ()
     sinks: Weight | None = None
+    value_dim: int = 0
+    """Of a value; 0: as of a key."""
 
 
 @dataclass(frozen=True)
@@ -259,14 +297,22 @@ class ExpertAttention:
 class Route:
     """The `top` experts of each token: out = their numbers, then their weights, largest first.
 
-    They have the largest p = softmax(scores), of level ones the lower numbers; p are their weights, divided by the sum
-    of the chosen ones if `normalised`.
+    They have the largest c = p + `correction`, p = softmax(scores) or what else `scoring` says, of level ones the lower
+    numbers; p are their weights, divided by the sum of the chosen ones if `normalised`, then times `factor`. With
+    `groups`, of as many neighbours each, only experts of the `top_groups` best ones are chosen: those with the largest
+    sums of their `group_best` largest c.
     """
 
     scores: Buffer
     top: int
     normalised: bool
     out: Buffer
+    scoring: Scoring = Scoring.SOFTMAX
+    correction: Weight | None = None
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -337,8 +383,8 @@ class Logits:
 
 
 Operation = (
-    Embed | Add | GatedAdd | RmsNorm | Linear | ShortConv | RopeAndStore | Attention | Glu | ExpertAttention | Route
-    | Experts | AllReduce | Logits
+    Embed | Add | GatedAdd | RmsNorm | Linear | LinearByHeads | ShortConv | RopeAndStore | Attention | Glu
+    | ExpertAttention | Route | Experts | AllReduce | Logits
 )  # fmt: skip
 
 
@@ -350,7 +396,10 @@ def inputs(operation: Operation) -> tuple[Buffer, ...]:
         case Add():
             return (operation.x, operation.y)
         case RopeAndStore():
-            return tuple(dict.fromkeys(heads.buffer for heads in (operation.q, operation.k, operation.v)))
+            each = (operation.q, operation.k, operation.v, operation.q_turned, operation.k_turned)
+            return tuple(dict.fromkeys(heads.buffer for heads in each if heads is not None))
+        case LinearByHeads():
+            return (operation.x.buffer,)
         case Attention():
             return (operation.q,)
         case Glu():
@@ -380,8 +429,10 @@ def weights(operation: Operation) -> tuple[Weight, ...]:
         case Linear():
             pairs = [(segment.weight, segment.bias) for segment in operation.segments]
             return tuple(weight for pair in pairs for weight in pair if weight is not None)
-        case Embed() | RmsNorm() | Logits():
+        case Embed() | RmsNorm() | Logits() | LinearByHeads():
             return (operation.weight,)
+        case Route():
+            return () if operation.correction is None else (operation.correction,)
         case RopeAndStore():
             return tuple(norm for norm in (operation.q_norm, operation.k_norm) if norm is not None)
         case ShortConv():
@@ -409,6 +460,22 @@ class KvShape:
 
     heads: int
     head_dim: int
+    shared: bool = False
+    """Whether values are the first dimensions of keys, and lie nowhere else."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of `head_dim` that a head has for each position: a key, and a value where it is no part of that."""
+        return 1 if self.shared else 2
+
+
+LATENT_UNIT = 16
+"""Where values lie in keys, a row of the cache has a multiple of so many dimensions."""
+
+
+def latent_dim(dim: int) -> int:
+    """A row of the cache in which values lie in keys of `dim` dimensions."""
+    return -(-dim // LATENT_UNIT) * LATENT_UNIT
 
 
 @dataclass(frozen=True)

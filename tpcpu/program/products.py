@@ -15,13 +15,17 @@ from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import Kernel
 from tpcpu.kernels.isa import selected
 from tpcpu.program.memory import Buffers, Place, Records, stride_bytes
-from tpcpu.program.operations import BLOCK, Buffer, Key, Weight
+from tpcpu.program.operations import BLOCK, Buffer, Key, LinearByHeads, Weight
 from tpcpu.program.weights import PANEL_ROWS, Packed, Stored, Table, Vector, float_bits
 
 if selected().panel_rows == 1:
+    from tpcpu.kernels.by_heads_plain import by_heads, turned_by_heads
+    from tpcpu.kernels.by_heads_plain import room_bytes as head_room_bytes
     from tpcpu.kernels.linear_plain import linear, linear_of_one
     from tpcpu.kernels.linear_plain import linear as gemm
 else:
+    from tpcpu.kernels.by_heads import by_heads, turned_by_heads
+    from tpcpu.kernels.by_heads import room_bytes as head_room_bytes
     from tpcpu.kernels.gemm import gemm, room_bytes
     from tpcpu.kernels.linear import linear, linear_of_one
 
@@ -82,6 +86,7 @@ class Products:
         self._rounded: dict[int, tuple[Rounded, str]] = {}
         self._rooms: dict[tuple[int, int], int] = {}
         self._gemm_rooms: dict[int, int] = {}
+        self._head_rooms: dict[int, int] = {}
         self._copy_rows: dict[tuple[type, int], int] = {}
         self._tables = {codebook: _tables(code) for codebook, code in CODES.items()}
         self.keep: list[object] = [self._tables]
@@ -157,6 +162,23 @@ class Products:
             words.update(self.activations(one, read))
             words.update(self.settings(one, len(of_one[0].packed.weight.columns)))
             self._records.add(self.kernels(one), words, apart=one == stored[-1])
+
+    def add_by_heads(self, op: LinearByHeads, x: Place, counted: int, out: Place) -> None:
+        """The record of a product by heads, which is the same for every number of tokens."""
+        packed = self.packed(op.weight)
+        table = packed.segment[None].copy()
+        self.keep.append(table)
+        stride = head_room_bytes(op.rows, op.weight.full_columns)
+        if stride not in self._head_rooms:
+            self._head_rooms[stride] = self._buffers.take(stride * self._threads)
+        words = {
+            R.X: x.address + 4 * op.x.first, R.X_STRIDE: x.stride, R.SEGMENTS: table.ctypes.data, R.COUNT: counted,
+            R.TABLE: self._tables[packed.codebook][1].ctypes.data, R.ROOM: self._head_rooms[stride],
+            R.ROOM_STRIDE: stride, R.H_HEADS: op.x.count, R.H_X_STEP: 4 * op.x.step, R.H_ROWS: op.rows,
+            R.H_FIRST: op.first, R.H_STEP: op.step, R.H_OUT: out.own, R.H_OUT_STRIDE: out.stride,
+            R.H_OUT_STEP: 4 * op.dim,
+        }  # fmt: skip
+        self._records.add((turned_by_heads if op.turned else by_heads)(packed.form), words)
 
     def multiplies_integers(self, stored: Stored) -> bool:
         """Whether weights of a format meet int8 activations."""

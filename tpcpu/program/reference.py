@@ -36,12 +36,14 @@ from tpcpu.program.operations import (
     Heads,
     Key,
     Linear,
+    LinearByHeads,
     Logits,
     Operation,
     Program,
     RmsNorm,
     RopeAndStore,
     Route,
+    Scoring,
     ShortConv,
     Weight,
 )
@@ -144,13 +146,32 @@ def attend_experts(q: Array, k: Array, v: Array) -> Array:
     return attended
 
 
-def choose(scores: Array, top: int, normalised: bool) -> Array:
-    """(tokens, 2 * top): the experts with the largest softmax(scores), level ones by number, and their weights."""
-    numbers = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-    e = np.exp(scores - scores.max(axis=1, keepdims=True))
-    chosen = np.take_along_axis(e, numbers, axis=1)
-    total = (chosen if normalised else e).sum(axis=1, keepdims=True)
-    return np.concatenate((numbers.astype(scores.dtype), chosen / total), axis=1)
+def choose(scores: Array, route: Route, bias: Array | float = 0.0) -> Array:
+    """(tokens, 2 * top): the experts with the largest p + bias, level ones by number, and their weights.
+
+    p = softmax(scores) or sigmoid(scores); softmax keeps the order of scores, so these are compared, which is exact.
+    That all chosen p are 0 makes no division by 0.
+    """
+    if route.scoring is Scoring.SOFTMAX:
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        compared = scores if route.correction is None else p / p.sum(axis=1, keepdims=True) + bias
+    else:
+        p = sigmoid(scores)
+        compared = p + bias
+    if route.groups > 1:
+        grouped = compared.reshape(len(scores), route.groups, -1)
+        best = -np.sort(-grouped, axis=2)[:, :, : route.group_best].sum(axis=2)
+        kept = np.argsort(-best, axis=1, kind="stable")[:, : route.top_groups]
+        outside = np.ones((len(scores), route.groups, 1), bool)
+        np.put_along_axis(outside, kept[:, :, None], False, axis=1)
+        compared = np.where(outside, -np.inf, grouped).reshape(scores.shape)
+    numbers = np.argsort(-compared, axis=1, kind="stable")[:, : route.top]
+    weights = np.take_along_axis(p, numbers, axis=1)
+    if route.normalised:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + scores.dtype.type(1e-20))
+    elif route.scoring is Scoring.SOFTMAX:
+        weights = weights / p.sum(axis=1, keepdims=True)
+    return np.concatenate((numbers.astype(scores.dtype), weights * scores.dtype.type(route.factor)), axis=1)
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -242,7 +263,7 @@ def attend(
     q: Array, keys: Array, values: Array, scale: float, window: int = 0, cap: float = 0.0, slopes: Sequence[float] = (),
     sinks: Array | None = None,
 ) -> Array:  # fmt: skip
-    """softmax(scale * q . K) V of one token: q (heads, dim), keys and values (positions, heads, dim).
+    """softmax(scale * q . K) V of one token: q (heads, dim), keys (positions, heads, dim), values (…, value_dim).
 
     Scores are held below a `cap`; then each head takes `slopes` times the distance from them. `sinks` (heads,) are one
     score more of each head, of a position that has no value.
@@ -253,7 +274,7 @@ def attend(
     seen = max(0, len(keys) - window) if window else 0
     top = np.full(len(q), -np.inf, q.dtype)
     total = np.zeros(len(q), q.dtype)
-    out = np.zeros_like(q)
+    out = np.zeros((len(q), values.shape[2]), q.dtype)
     for start in range(seen // PIECE * PIECE, len(keys), PIECE):
         piece = slice(max(start, seen), start + PIECE)
         k, v = keys[piece], values[piece]
@@ -373,14 +394,21 @@ class _Rank:
                 for segment in segments:
                     product = multiply(x[operation.x], self.matrix(segment.weight)) + self.vector(segment.bias)
                     x[segment.out][:, segment.column : segment.column + product.shape[1]] = product
+            case LinearByHeads():
+                own = slice(operation.out.own.start, operation.out.own.stop)
+                out[:, own] = self.by_heads(operation).reshape(len(out), -1)
             case ShortConv():
                 own = slice(operation.out.own.start, operation.out.own.stop)
                 taps = np.stack((self.previous(x[operation.x], operation.state, batch), x[operation.x]), axis=2)
                 product = multiply(taps.reshape(len(out), -1), self.matrix(operation.weight))
                 out[:, own] = product + self.vector(operation.bias)
-            case RopeAndStore(layer=layer):
+            case RopeAndStore(layer=layer, q_turned=Heads() as q_turned, k_turned=Heads() as k_turned):
+                out[:] = self.latent(operation.q, q_turned, operation, batch).reshape(out.shape)
+                k = self.latent(operation.k, k_turned, operation, batch)
+                self.store(layer, k, k, batch)
+            case RopeAndStore(layer=layer, v=Heads() as values):
                 q = self.normed(self.heads(operation.q), operation.q_norm, operation.eps)
-                k, v = self.normed(self.heads(operation.k), operation.k_norm, operation.eps), self.heads(operation.v)
+                k, v = self.normed(self.heads(operation.k), operation.k_norm, operation.eps), self.heads(values)
                 out[:] = rotate(q, batch.positions, operation.rope).reshape(out.shape)
                 self.store(layer, rotate(k, batch.positions, operation.rope), v, batch)
             case Attention():
@@ -391,8 +419,8 @@ class _Rank:
                     # Query head h reads key/value head kv_of[h]; causal: positions up to its own.
                     keys, values = self.cache(operation.layer, sequence)[:, : position + 1, list(operation.kv_of)]
                     out[token, own] = attend(
-                        q[token], keys, values, operation.scale, operation.window, operation.cap, operation.slopes,
-                        sinks,
+                        q[token], keys, values[:, :, : operation.value_dim or None], operation.scale,
+                        operation.window, operation.cap, operation.slopes, sinks,
                     ).ravel()  # fmt: skip
             case Glu():
                 own = slice(operation.out.own.start, operation.out.own.stop)
@@ -402,7 +430,7 @@ class _Rank:
             case ExpertAttention():
                 out[:] = attend_experts(x[operation.q], x[operation.k], x[operation.v])
             case Route():
-                out[:] = choose(x[operation.scores], operation.top, operation.normalised)
+                out[:] = choose(x[operation.scores], operation, self.vector(operation.correction))
             case Experts():
                 out[:] = self.mixture(operation)
             case Logits():
@@ -410,6 +438,21 @@ class _Rank:
                 x[operation.out] = soft_cap(product, operation.cap)
             case AllReduce():
                 raise AssertionError("an all-reduce needs every rank")
+
+    def by_heads(self, op: LinearByHeads) -> Array:
+        """(tokens, heads, dim): each head times its rows of the weight."""
+        matrix = self.matrix(op.weight).floats(self.dtype).values
+        first = op.first + op.step * np.arange(op.x.count)
+        rows = matrix[first[:, None] + np.arange(op.rows)]
+        product: Array = np.einsum("thr,hrc->thc" if op.turned else "thc,hrc->thr", self.heads(op.x), rows)
+        return product
+
+    def latent(self, plain: Heads, turned: Heads, op: RopeAndStore, batch: Batch) -> Array:
+        """(tokens, count, dim of the cache): what is not rotated, what is, zeros."""
+        rotated = rotate(self.heads(turned), batch.positions, op.rope)
+        row = np.concatenate((self.heads(plain), rotated), axis=2)
+        rest = self.program.kv[op.layer].head_dim - row.shape[2]
+        return np.pad(row, ((0, 0), (0, 0), (0, rest)))
 
     def mixture(self, op: Experts) -> Array:
         """Every expert for the tokens that chose it; of each token the results are added in the order of its choice."""

@@ -111,9 +111,29 @@ def lanes_before(b, count):
     return b.icmp_signed("<", constants(range(LANES), I32), splat(b, b.trunc(count, I32), I32V))
 
 
+def sum_each(b, vectors):
+    """The sum over the lanes of each of as many vectors as there are lanes, as one vector: neighbours first."""
+    while len(vectors) > 1:
+        joined = []
+        for x, y in zip(vectors[::2], vectors[1::2], strict=True):
+            even, odd = (b.shuffle_vector(x, y, constants(range(each, 2 * x.type.count, 2), I32)) for each in (0, 1))
+            joined.append(b.fadd(even, odd))
+        vectors = joined
+    return vectors[0]
+
+
+def lanes_between(b, first, stop):
+    """A mask of the lanes from `first` to `stop` (LLVM int64)."""
+    return b.and_(lanes_before(b, stop), b.not_(lanes_before(b, first)))
+
+
 def store_rows(b, vector, address, rows):
     """Stores the first `rows` (an LLVM int64) lanes."""
-    mask = lanes_before(b, rows)
+    store_lanes(b, vector, address, lanes_before(b, rows))
+
+
+def store_lanes(b, vector, address, mask):
+    """Stores the lanes of a mask."""
     of = vector.type
     prototype = ir.FunctionType(ir.VoidType(), [of, of.as_pointer(), I32, mask.type])
     name = f"llvm.masked.store.v{of.count}f32.p0"
@@ -123,7 +143,11 @@ def store_rows(b, vector, address, rows):
 
 def load_rows(b, address, rows):
     """The first `rows` (an LLVM int64) of LANES float32; zeros in the other lanes, which are not read."""
-    mask = lanes_before(b, rows)
+    return load_lanes(b, address, lanes_before(b, rows))
+
+
+def load_lanes(b, address, mask):
+    """The float32 of a mask's lanes; zeros in the others, which are not read."""
     prototype = ir.FunctionType(F32V, [F32V.as_pointer(), I32, mask.type, F32V])
     function = cgutils.get_or_insert_function(b.module, prototype, f"llvm.masked.load.v{LANES}f32.p0")
     return b.call(function, [pointer(b, address, F32V), const(4, I32), mask, ir.Constant(F32V, [0.0] * LANES)])

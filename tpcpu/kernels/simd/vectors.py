@@ -107,6 +107,18 @@ def store_first(b, address, x, count):
     emit.store_rows(b, x, address, count)
 
 
+@_operation(types.void, types.int64, floats, types.int64, types.int64)
+def store_between(b, address, x, first, stop):
+    """Stores the lanes from `first` to `stop`, which may lie outside."""
+    emit.store_lanes(b, x, address, emit.lanes_between(b, first, stop))
+
+
+@_operation(floats, types.int64, types.int64, types.int64)
+def load_between(b, address, first, stop):
+    """The lanes from `first` to `stop`, which may lie outside; zeros in the others, which are not read."""
+    return emit.load_lanes(b, address, emit.lanes_between(b, first, stop))
+
+
 @_operation(types.void, types.int64, floats)
 def store_bf16(b, address, x):
     """Rounded to the nearest, ties to even."""
