@@ -8,6 +8,18 @@ _YUAN = {
     "torch_dtype": "bfloat16",
 }  # fmt: skip
 
+_DEEPSEEK_YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+
+_DEEPSEEK = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_layer_freq": 1, "ep_size": 1, "max_position_embeddings": 163840,
+    "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": False,
+    "use_cache": True, "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
+}  # fmt: skip
+
 PUBLISHED = {
     "yuan2-2b": _YUAN | {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
@@ -28,6 +40,26 @@ PUBLISHED = {
         "moe_config": {
             "moe_num_experts": 32, "moe_top_k": 2, "norm_topk_prob": True, "gated_linear_unit": True,
             "ffn_hidden_size": 8192,
+        },
+    },
+    "deepseek-v2-lite": _DEEPSEEK | {
+        "model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0, "aux_loss_alpha": 0.001, "seq_aux": True, "pretraining_tp": 1,
+        "vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001,
+        "rope_scaling": _DEEPSEEK_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek-v3": _DEEPSEEK | {
+        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+        "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
+        "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "vocab_size": 129280,
+        "bos_token_id": 0, "eos_token_id": 1, "rope_scaling": _DEEPSEEK_YARN,
+        "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
         },
     },
     "qwen3-30b-a3b": {

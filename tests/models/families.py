@@ -19,6 +19,15 @@ _SHAPE = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 _MIXTURE = _SHAPE | {"moe_intermediate_size": 140, "num_experts_per_tok": 3}
+_LATENT = _SHAPE | {
+    "num_key_value_heads": 6, "num_hidden_layers": 3, "kv_lora_rank": 40, "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 12, "v_head_dim": 28, "moe_intermediate_size": 76, "n_routed_experts": 9,
+    "n_shared_experts": 2, "num_experts_per_tok": 4, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
+}  # fmt: skip
+_LATENT_YARN = {
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 256,
+    "mscale": 0.8, "mscale_all_dim": 0.8, "beta_fast": 4, "beta_slow": 1,
+}  # fmt: skip
 _GEMMA = _SHAPE | {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 9}
 _BAICHUAN = {
     "model_type": "baichuan", "vocab_size": VOCAB, "hidden_size": 144, "intermediate_size": 172, "rms_norm_eps": 1e-6,
@@ -84,6 +93,23 @@ FAMILIES = {
                 "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False, "beta_fast": 3.0,
                 "beta_slow": 1.0, "original_max_position_embeddings": 32,
             },
+        },
+    ),
+    "deepseek_v2-lite": Family("deepseek_v2", _LATENT | {"q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek_v2": Family(
+        "deepseek_v2",
+        _LATENT
+        | {
+            "q_lora_rank": 36, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2,
+            "attention_bias": True, "rope_parameters": _LATENT_YARN,
+        },
+    ),
+    "deepseek_v3": Family(
+        "deepseek_v3",
+        _LATENT
+        | {
+            "q_lora_rank": 36, "n_group": 3, "topk_group": 2, "norm_topk_prob": True, "num_nextn_predict_layers": 1,
+            "rope_parameters": _LATENT_YARN | {"mscale": 1.0},
         },
     ),
     "phi3": Family(
@@ -198,7 +224,9 @@ def _by_transformers(family: Family, folder: Path) -> Callable[[Any], Any]:
     config = transformers.AutoConfig.for_model(family.model_type, **family.config)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for name, values in model.named_parameters():
+        stored = model.state_dict()
+        buffers = [(name, values) for name, values in model.named_buffers() if name in stored]
+        for name, values in [*model.named_parameters(), *buffers]:
             values.copy_(_scaled(name, values, "gemma" in family.model_type))
     model.to(torch.bfloat16).save_pretrained(folder)
     read = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")

@@ -107,6 +107,8 @@ NEVER_HEARD = {
     # How, and how precisely, the authors compute the same.
     "pretraining_tp", "use_flash_attn", "bf16", "original_rope", "apply_query_key_layer_scaling", "bias_dropout_fusion",
     "attention_softmax_in_fp32", "fp32_residual_connection", "params_dtype",
+    # Layers behind the last one, which guess further tokens.
+    "num_nextn_predict_layers",
     # Where layer_types says it.
     "_sliding_window_pattern", "sliding_window_pattern", "max_window_layers",
     # Within seq_length.

@@ -76,7 +76,7 @@ def test_rope_theta_is_found_where_newer_writers_put_it():
     assert read_config(config).config.rope.theta == 500000.0
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "deepseek_v3", "llava", "mllama", "llama4", "gpt2", 7, None])
+@pytest.mark.parametrize("model_type", ["mamba", "deepseek_v32", "llava", "mllama", "llama4", "gpt2", 7, None])
 def test_other_architectures_are_refused_by_name(model_type):
     message = refused(LLAMA | {"model_type": model_type})
     assert repr(model_type) in message

@@ -4,14 +4,28 @@ To add one, write its file (config, weight names, `program`) and name it in `ARC
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 from tpcpu.checkpoint import Stack
 from tpcpu.errors import ConfigError, LaunchError
-from tpcpu.models import baichuan, chatglm, gemma, gpt_oss, llama, mistral, mixtral, phi3, qwen, qwen2, qwen_moe, yuan
+from tpcpu.models import (
+    baichuan,
+    chatglm,
+    deepseek,
+    gemma,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen,
+    qwen2,
+    qwen_moe,
+    yuan,
+)
 from tpcpu.models.keys import shown
 from tpcpu.parallel.partition import Share
 from tpcpu.program.operations import Kind, Program
@@ -34,7 +48,8 @@ class Architecture:
 
     read: Callable[[dict[str, Any]], ModelConfig]
     program: Callable[[Any, Share], Program]
-    optional_tensors: tuple[str, ...]
+    optional_tensors: tuple[str, ...] | Callable[[Any], Sequence[str]]
+    """Patterns of stored tensors that nobody needs, or what gives them for a config."""
     models: str
     """Which published models this is,"""
     supported: str
@@ -53,6 +68,15 @@ ARCHITECTURES = {
     "chatglm": Architecture(
         chatglm.from_dict, chatglm.program, chatglm.OPTIONAL_TENSORS,
         "ChatGLM2, ChatGLM3, GLM-4 9B", "half of each head rotated in neighbours; packed q, k, v; `rope_ratio`",
+    ),
+    "deepseek_v2": Architecture(
+        deepseek.v2_from_dict, deepseek.program, deepseek.optional_tensors,
+        "DeepSeek-V2, V2-Lite, V2.5",
+        "latent attention with its small cache; mixture of experts, some of them shared; rotary embedding as Llama",
+    ),
+    "deepseek_v3": Architecture(
+        deepseek.v3_from_dict, deepseek.program, deepseek.optional_tensors,
+        "DeepSeek-V3, R1", "as V2, with corrected sigmoid scores; layers that guess further tokens are left out",
     ),
     "gemma2": Architecture(
         gemma.gemma2_from_dict, gemma.program, gemma.OPTIONAL_TENSORS,
@@ -146,9 +170,14 @@ class Model:
         """Tensors of all experts that files of this model may hold, see `Checkpoint.take_apart`."""
         return self._architecture.stacks
 
+    @cached_property
+    def _optional(self) -> list[re.Pattern[str]]:
+        found = self._architecture.optional_tensors
+        return [re.compile(pattern) for pattern in (found(self.config) if callable(found) else found)]
+
     def is_optional(self, tensor: str) -> bool:
         """Whether a stored tensor that the program did not declare may be left unread."""
-        return any(re.fullmatch(pattern, tensor) for pattern in self._architecture.optional_tensors)
+        return any(pattern.fullmatch(tensor) for pattern in self._optional)
 
 
 def read_config(config: dict[str, Any]) -> Model:
