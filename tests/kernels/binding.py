@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tpcpu.engine.cache import Cache
-from tpcpu.formats import floats, int8, nf4
+from tpcpu.formats import floats, int8, mxfp4, nf4
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import prepare
 from tpcpu.parallel.communicator import AllReduce
@@ -27,7 +27,7 @@ from tpcpu.program.operations import BLOCK, Buffer, Key, Kind, Program, Weight
 from tpcpu.program.reference import MatrixValues, Reference
 from tpcpu.program.weights import Packed, Packer, Source, Table, Vector, packed_bytes, packing_kernels, padded
 
-QUANTISED = {"nf4": R.NF4, "nf4-single": R.NF4_SINGLE, "int8": R.INT8}
+QUANTISED = {"nf4": R.NF4, "nf4-single": R.NF4_SINGLE, "int8": R.INT8, "mxfp4": R.MXFP4}
 FLOATS = {"bf16": R.BF16, "f16": R.F16, "float32": R.FLOAT32}
 EVERYTHING = {"candidates": 0, "vocabulary": 2**31 - 1}
 """What a batch asks of logits here: all of them."""
@@ -60,6 +60,31 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True)
+class Mxfp4:
+    """Random codes and powers of two in the shape of a tensor and about its size; what is written here is not read."""
+
+    codes: Any  # (rows, columns) of values
+    powers: Any  # (rows, columns / 32) uint8
+
+    @classmethod
+    def of(cls, values: Any) -> "Mxfp4":
+        """Powers differ from one half of a block to the other; codes are the nearest ones but for the largest."""
+        blocks = values.reshape(len(values), -1, 32)
+        powers = np.frexp(np.abs(blocks).max(axis=2))[1] - 3 + (np.arange(blocks.shape[1]) % 3)
+        relative = blocks / np.ldexp(np.float32(1), powers)[:, :, None]
+        codes = np.abs(relative[..., None] - mxfp4.CODE).argmin(axis=3).astype(np.uint8)
+        return cls(codes.reshape(values.shape), (powers + 127).astype(np.uint8))
+
+    @property
+    def scales(self) -> Any:
+        return np.ldexp(np.float32(1), self.powers.astype(np.int32) - 127)
+
+    @property
+    def high_first(self) -> Any:
+        return self.codes[:, ::2] << 4 | self.codes[:, 1::2]
+
+
+@dataclass(frozen=True)
 class Held:
     """A whole tensor in the format that it is held in."""
 
@@ -73,12 +98,16 @@ class Held:
             return cls(form, nf4.quantize(values, nested=form == "nf4"))
         if form == "int8":
             return cls(form, int8.quantize(values))
+        if form == "mxfp4":
+            return cls(form, Mxfp4.of(values))
         return cls(form, floats.convert(np.ascontiguousarray(values, np.float32), DTYPES[form]))
 
     def values(self) -> Any:
         """What the reference reads."""
         if self.form in DTYPES:
             return floats.to_float32(self.stored)
+        if self.form == "mxfp4":
+            return MatrixValues.mxfp4(self.stored.codes, self.stored.scales, mxfp4.CODE)
         rows = self.stored.shape[0]
         if self.form == "int8":
             return MatrixValues.int8(self.stored.values, self.stored.scales)
@@ -97,6 +126,9 @@ class Held:
             return Source(form, part(self.stored, 1))
         if self.form == "int8":
             return Source(form, part(self.stored.values, 1), part(self.stored.scales, BLOCK))
+        if self.form == "mxfp4":
+            codes, scales = part(self.stored.high_first, 2), part(self.stored.powers, BLOCK // R.HALVES)
+            return Source(form, codes, scales, codebook="mxfp4")
         codes, scales = part(self.stored.codes, 2), part(self.stored.absmax, BLOCK)
         if self.form == "nf4-single":
             return Source(form, codes, scales.view(np.float32))

@@ -8,7 +8,10 @@ from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.operations import Clamp, Kind, Scoring
 
 COUNTS = (64, 1, 2, 9, 50)
-ARITHMETICS = [("nf4", False), ("nf4", True), ("int8", False), ("bf16", True), ("nf4-single", False)]
+ARITHMETICS = [
+    ("nf4", False), ("nf4", True), ("int8", False), ("bf16", True), ("nf4-single", False), ("mxfp4", False),
+    ("mxfp4", True),
+]  # fmt: skip
 each_arithmetic = pytest.mark.parametrize(("form", "exact"), ARITHMETICS)
 
 

@@ -10,11 +10,14 @@ from tests.kernels.binding import (
     TOLERANCES,
     Bound,
     FakeModel,
+    Held,
+    Mxfp4,
     assert_close,
     expected,
     reference,
     same_bits,
 )
+from tpcpu.formats import mxfp4
 from tpcpu.parallel.partition import Range
 from tpcpu.program.operations import Kind
 
@@ -63,6 +66,25 @@ def test_shapes(teams, form, exact, shape):
     x = model.inputs(model.normal(64, columns))
     (y,) = model.linear(x, y=model.hold(model.matrix("w", (rows, columns), bias=True), form))
     check(model, model.result(y), teams, form, exact)
+
+
+def test_every_weight_of_mxfp4(teams):
+    """All codes at all scales, by inputs that pick one each: bit for bit, those below the normal numbers too."""
+    model = FakeModel()
+    x = model.inputs(np.eye(64, dtype=np.float32))
+    matrix = model.matrix("w", (mxfp4.LARGEST + 1, 64))
+    codes = np.tile(np.arange(16, dtype=np.uint8), (mxfp4.LARGEST + 1, 4))
+    powers = np.arange(mxfp4.LARGEST + 1, dtype=np.uint8)
+    held = Held("mxfp4", Mxfp4(codes, np.stack([powers, powers[::-1]], axis=1)))
+    model.tensors["w.weight"] = held
+    (y,) = model.linear(x, y=matrix)
+    program = model.result(y)
+    wanted = mxfp4.dequantize(held.stored.codes[:, ::2] | held.stored.codes[:, 1::2] << 4, held.stored.powers).T
+    for team in teams:
+        bound = Bound(program, model.tensors, team, exact=True)
+        for got in (bound.run((range(64), 0, 0)), np.concatenate([bound.run(([at], 0, 0)) for at in range(64)])):
+            # Sums of zeros lose their sign.
+            assert same_bits(got + np.float32(0), wanted + np.float32(0))
 
 
 @pytest.mark.parametrize("form", FLOATS)

@@ -12,7 +12,6 @@ from tpcpu.checkpoint import Checkpoint
 from tpcpu.cli.description import describe, text
 from tpcpu.formats import nf4
 from tpcpu.parallel.partition import Share
-from tpcpu.program.operations import Kind
 from tpcpu.quantize import quantize
 
 CONFIG = {
@@ -38,7 +37,7 @@ def test_experts_are_quantised_and_routers_are_not(folders):
     tiny, _, quantised = folders
     with Checkpoint.open(quantised) as checkpoint:
         for weight in tiny.model.program(Share()).weights:
-            assert nf4.is_stored(weight.name, checkpoint.tensors) == (weight.kind is Kind.MATRIX)
+            assert nf4.is_stored(weight.name, checkpoint.tensors) == weight.kind.multiplies
         skipped = checkpoint.config["quantization_config"]["llm_int8_skip_modules"]
         assert {"lm_head", "model.layers.1.mlp.gate", "model.layers.0.mlp.shared_expert_gate"} <= set(skipped)
         found = describe(checkpoint)

@@ -8,7 +8,9 @@ from tpcpu.program import cost
 from tpcpu.program.operations import BLOCK, Kind, Weight
 from tpcpu.program.weights import Packed
 
-_NAMES = {R.NF4: "nf4", R.INT8: "int8", R.BF16: "bf16", R.F16: "float16", R.FLOAT32: "float32"}
+_NAMES = {
+    R.NF4: "nf4", R.INT8: "int8", R.MXFP4: "mxfp4", R.BF16: "bf16", R.F16: "float16", R.FLOAT32: "float32",
+}  # fmt: skip
 _NF4 = (R.NF4, R.NF4_SINGLE)
 
 

@@ -44,11 +44,11 @@ def _between(record, mantissa):
 
 @kernel("fill-bytes")
 def fill_bytes(record, thread, threads):
-    """Random bytes, with the bits `N_SET` set in every word."""
+    """Random bytes, of which every word has the bits `N_KEPT`, and the bits `N_SET` set."""
     address, end, counter = _share(record, thread, threads)
-    seed, bits = _word(record, R.N_SEED), _word(record, R.N_SET)
+    seed, kept, bits = _word(record, R.N_SEED), _word(record, R.N_KEPT), _word(record, R.N_SET)
     for i in range((end - address) // 8):
-        store_i64(address + 8 * i, _random(seed, counter + i) | bits)
+        store_i64(address + 8 * i, _random(seed, counter + i) & kept | bits)
 
 
 @kernel("fill-float32")

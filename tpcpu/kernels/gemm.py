@@ -24,12 +24,14 @@ from tpcpu.kernels.gemm_tiles import (
     WORD_BYTES,
     block_lines,
     prefetch,
+    sum_of_half,
     tile,
     unpack,
+    unpack_powers,
     unpack_scales,
 )
 from tpcpu.kernels.memory import call_kernel, float_bits, load_f32, load_i32, load_i64, store_f32, store_i32, store_i64
-from tpcpu.kernels.record import BLOCK, FLOAT32, FLOATS, INT8, NF4, SPAN
+from tpcpu.kernels.record import BLOCK, FLOAT32, FLOATS, INT8, MXFP4, NF4, SPAN
 from tpcpu.kernels.scales import ROWS
 from tpcpu.kernels.simd import vectors as v
 
@@ -55,14 +57,19 @@ GROUP = (256, 128)
 UNIT = UNIT_LINES * LINE_WORDS * WORD_BYTES
 """Bytes of a panel that are unpacked at a time."""
 SCALES = SPAN * WORD_BYTES
-"""Bytes of the scales of a panel's span."""
+"""Bytes of the scales of a panel's span, one for each block."""
 
 
 def room_bytes(exact: bool, form: int) -> int:
     """What a thread needs for products of a format; it holds nothing from one to the next."""
-    floats = int(exact or form in FLOATS)
-    x = SPAN * (8 + block_lines(floats) * LINE)
-    return 8 * R.TASK_WORDS + WIDE * (UNIT + SCALES) + GROUP[floats] * (TOKEN_SUMS + x)
+    floats, halves = int(exact or form in FLOATS), _scales_of_block(form)
+    x = SPAN * (4 + 4 * halves + block_lines(floats) * LINE)
+    return 8 * R.TASK_WORDS + WIDE * (UNIT + SCALES * halves) + GROUP[floats] * (TOKEN_SUMS + x)
+
+
+def _scales_of_block(form: int) -> int:
+    """How many scales a block has, where it has any."""
+    return R.HALVES if form == MXFP4 else 1
 
 
 @helper
@@ -94,8 +101,11 @@ def _copy_line(source, target):
 
 
 @helper
-def _lay_int8(record, token, count, first, blocks, x, x_scales, x_sums):
-    """Blocks `first`.. of `count` tokens from `token` on, side by side; scales with the factor of the product."""
+def _lay_int8(record, token, count, first, blocks, x, x_scales, x_sums, halves):
+    """Blocks `first`.. of `count` tokens from `token` on, side by side; scales with the factor of the product.
+
+    With `halves` there are sums of both halves of a block, those of the second so many bytes behind the first.
+    """
     factor = float_bits(load_i64(record + 8 * R.FACTOR))
     for m in range(count):
         source = load_i64(record + 8 * R.X) + (token + m) * load_i64(record + 8 * R.X_STRIDE) + BLOCK * first
@@ -105,7 +115,13 @@ def _lay_int8(record, token, count, first, blocks, x, x_scales, x_sums):
         for j in range(blocks):
             _copy_line(source + BLOCK * j, x + LINE * (place + TALL * j))
             store_f32(x_scales + 4 * (place + TALL * j), load_f32(scales + 4 * j) * factor)
-            store_i32(x_sums + 4 * (place + TALL * j), load_i32(sums + 4 * j))
+            at = x_sums + 4 * (place + TALL * j)
+            if halves:
+                half = sum_of_half(source + BLOCK * j)
+                store_i32(at, half)
+                store_i32(at + halves, load_i32(sums + 4 * j) - half)
+            else:
+                store_i32(at, load_i32(sums + 4 * j))
 
 
 @helper
@@ -151,10 +167,13 @@ def _set_results(task, segment, panel, token, is_first, is_last):
 @cache
 def gemm(form: int, exact: bool) -> Kernel:
     """The kernel for steps of many tokens and weights of a format."""
-    floats, scaled = int(exact or form in FLOATS), int(form not in FLOATS)
+    floats, of_block = int(exact or form in FLOATS), _scales_of_block(form)
+    scaled = 0 if form in FLOATS else of_block
     in_place = form == INT8 and not floats
     bits, lines, group = _stored_bits(form), block_lines(floats), GROUP[floats]
     unit, block_bytes = UNIT_LINES // lines, BLOCK * ROWS * bits // 8
+    panel_scales, sums_bytes = SCALES * of_block, group * SPAN * 4
+    halves = sums_bytes if of_block == R.HALVES else 0
 
     def linear(record, thread, threads):
         tokens = load_i64(load_i64(record + 8 * R.COUNT))
@@ -175,11 +194,12 @@ def gemm(form: int, exact: bool) -> Kernel:
         task = load_i64(record + 8 * R.ROOM) + thread * load_i64(record + 8 * R.ROOM_STRIDE)
         unpacked = task + 8 * R.TASK_WORDS
         scales = unpacked + WIDE * UNIT
-        x_scales = scales + WIDE * SCALES
-        x_sums = x_scales + group * SPAN * 4
-        carry = x_sums + group * SPAN * 4
+        x_scales = scales + WIDE * panel_scales
+        x_sums = x_scales + sums_bytes
+        carry = x_sums + sums_bytes * of_block
         x = carry + group * TOKEN_SUMS
         _set(task, R.G_CARRY, carry)
+        _set(task, R.G_X_HALVES, halves)
 
         for token in range(begin, end, group):
             many = min(group, end - token)
@@ -189,7 +209,7 @@ def gemm(form: int, exact: bool) -> Kernel:
                 if floats:
                     _lay_floats(record, token, many, span, min(columns - span * BLOCK, SPAN * BLOCK), x)
                 else:
-                    _lay_int8(record, token, many, span, in_span, x, x_scales, x_sums)
+                    _lay_int8(record, token, many, span, in_span, x, x_scales, x_sums, halves)
                 segment, before = segments, 0
                 for _ in range(load_i64(record + 8 * R.SEGMENT_COUNT)):
                     count = load_i64(segment + 8 * R.S_PANELS)
@@ -199,8 +219,15 @@ def gemm(form: int, exact: bool) -> Kernel:
                         _set_results(task, segment, panel, token, span == 0, span + SPAN >= blocks)
                         if form == NF4:
                             for p in range(beside):
-                                unpack_scales(segment, panel + p, blocks, span, in_span, scales + p * SCALES)
-                            from_scales, scales_stride = scales, SCALES
+                                unpack_scales(segment, panel + p, blocks, span, in_span, scales + p * panel_scales)
+                            from_scales, scales_stride = scales, panel_scales
+                        elif form == MXFP4:
+                            for p in range(beside):
+                                stored = load_i64(segment + 8 * R.S_SCALES) + of_block * ROWS * (
+                                    (panel + p) * blocks + span
+                                )
+                                unpack_powers(stored, of_block * in_span, scales + p * panel_scales)
+                            from_scales, scales_stride = scales, panel_scales
                         else:
                             scales_stride = blocks * WORD_BYTES
                             from_scales = load_i64(segment + 8 * R.S_SCALES) + panel * scales_stride
@@ -220,7 +247,7 @@ def gemm(form: int, exact: bool) -> Kernel:
                                     unpack(form, floats, table, source + p * panel_bytes, features, unpacked + p * UNIT)
                                 _set(task, R.G_WEIGHTS, unpacked)
                                 _set(task, R.G_WEIGHTS_STRIDE, UNIT)
-                            _set(task, R.G_SCALES, from_scales + block * WORD_BYTES)
+                            _set(task, R.G_SCALES, from_scales + block * of_block * WORD_BYTES)
                             _set(task, R.G_BLOCKS, min(unit, in_span - block))
                             _set(task, R.G_X, x + block * lines * TALL * LINE)
                             _set(task, R.G_X_SCALES, x_scales + block * TALL * 4)

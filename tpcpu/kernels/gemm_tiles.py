@@ -14,8 +14,8 @@ from numba.extending import intrinsic
 
 from tpcpu.kernels import record as R
 from tpcpu.kernels.memory import F32, I32
-from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, INT8, NF4, NF4_SINGLE
-from tpcpu.kernels.scales import ROWS, TOGETHER, CodedScales
+from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, INT8, MXFP4, NF4, NF4_SINGLE
+from tpcpu.kernels.scales import ROWS, TOGETHER, CodedScales, half_sum, powers
 from tpcpu.kernels.simd import emit as e
 from tpcpu.kernels.simd import instructions as isa
 
@@ -45,7 +45,7 @@ def block_lines(floats: int) -> int:
 def tile(typing_context, panels, tokens, floats, scaled, task, token):
     """Multiplies the panels of a task with `tokens` tokens from `token` on, all of which lie side by side.
 
-    The first four arguments are constants; `scaled`: weights have a scale per block.
+    The first four arguments are constants; `scaled`: how many scales a block of weights has.
     """
     shape = [argument.literal_value for argument in (panels, tokens, floats, scaled)]
 
@@ -88,21 +88,27 @@ def _emit_tile(b, panels, tokens, floats, scaled, task, token):
     with cgutils.for_range(b, word(R.G_BLOCKS)) as block:
         scale_at = b.mul(block.index, e.const(4 * TALL))
         x_scales_at, x_sums_at = b.add(x_scales, scale_at), b.add(x_sums, scale_at)
-        sums = _block_sums(b, panels, tokens, floats, weights, weights_stride, x, x_sums_at, block.index)
-        for p in range(panels):
-            if scaled:
-                at = b.add(scales, b.mul(scales_stride, e.const(p)))
-                scale = e.load(b, b.add(at, b.mul(block.index, e.const(WORD_BYTES))), e.F32V)
-            for m in range(tokens):
-                before, product = b.load(span_sums[p, m]), b.load(sums[p, m])
-                if not scaled:
-                    after = b.fadd(before, product)
-                elif floats:
-                    after = e.fma(b, scale, product, before)
-                else:
-                    x_scale = e.splat(b, e.load(b, e.offset(b, x_scales_at, 4 * m), F32), e.F32V)
-                    after = e.fma(b, b.fmul(scale, x_scale), e.to_float(b, product), before)
-                b.store(after, span_sums[p, m])
+        halves = max(scaled, 1)
+        for half in range(halves):
+            sums_at = b.add(x_sums_at, word(R.G_X_HALVES)) if half else x_sums_at
+            sums = _block_sums(
+                b, panels, tokens, floats, weights, weights_stride, x, sums_at, block.index, (half, halves)
+            )
+            for p in range(panels):
+                if scaled:
+                    at = b.add(scales, b.mul(scales_stride, e.const(p)))
+                    number = e.offset(b, b.mul(block.index, e.const(halves)), half)
+                    scale = e.load(b, b.add(at, b.mul(number, e.const(WORD_BYTES))), e.F32V)
+                for m in range(tokens):
+                    before, product = b.load(span_sums[p, m]), b.load(sums[p, m])
+                    if not scaled:
+                        after = b.fadd(before, product)
+                    elif floats:
+                        after = e.fma(b, scale, product, before)
+                    else:
+                        x_scale = e.splat(b, e.load(b, e.offset(b, x_scales_at, 4 * m), F32), e.F32V)
+                        after = e.fma(b, b.fmul(scale, x_scale), e.to_float(b, product), before)
+                    b.store(after, span_sums[p, m])
     with b.if_else(ends) as (whole, part):
         with whole:
             _add_to_results(b, {at: b.load(span_sums[at]) for at in each}, panels, tokens, task, token)
@@ -111,8 +117,11 @@ def _emit_tile(b, panels, tokens, floats, scaled, task, token):
                 e.store(b, b.load(span_sums[at]), carried[at])
 
 
-def _block_sums(b, panels, tokens, floats, weights, weights_stride, x, x_sums, block):
-    """One register for every panel and token: the products of a block, line after line of 16 words."""
+def _block_sums(b, panels, tokens, floats, weights, weights_stride, x, x_sums, block, part):
+    """One register for every panel and token: the products of a block, line after line of 16 words.
+
+    `part` = (number, of how many) of a block's halves, where these have scales of their own; else (0, 1).
+    """
     each = [(p, m) for p in range(panels) for m in range(tokens)]
     of = e.F32V if floats else e.I32V
     sums = {at: cgutils.alloca_once(b, of) for at in each}
@@ -121,12 +130,15 @@ def _block_sums(b, panels, tokens, floats, weights, weights_stride, x, x_sums, b
         if not floats and isa.WEIGHT_BIAS:
             start = e.splat(b, e.load(b, e.offset(b, x_sums, 4 * m), I32), of)
         b.store(start, sums[p, m])
-    lines = block_lines(floats)
-    with cgutils.for_range(b, e.const(lines)) as inner:
-        line = b.add(b.mul(block, e.const(lines)), inner.index)
+    lines, (half, halves) = block_lines(floats), part
+    # A half is half of the lines, or of the words of the only one.
+    some, words = (lines // halves, LINE_WORDS) if lines % halves == 0 else (lines, LINE_WORDS // halves)
+    first_line, first_word = (half * some, 0) if lines % halves == 0 else (0, half * words)
+    with cgutils.for_range(b, e.const(some)) as inner:
+        line = b.add(e.offset(b, b.mul(block, e.const(lines)), first_line), inner.index)
         packed = b.add(weights, b.mul(line, e.const(LINE_WORDS * WORD_BYTES)))
         x_line = b.add(x, b.mul(line, e.const(TALL * LINE)))
-        for word in range(LINE_WORDS):
+        for word in range(first_word, first_word + words):
             places = [b.add(packed, b.mul(weights_stride, e.const(p))) for p in range(panels)]
             values = [e.load(b, e.offset(b, at, word * WORD_BYTES), e.F32V if floats else e.BYTEV) for at in places]
             for m in range(tokens):
@@ -201,11 +213,35 @@ def unpack_scales(typing_context, segment, panel, blocks, first, count, target):
             done = b.mul(four.index, e.const(TOGETHER))
             scales.decode(b.add(first, done), blocks)
             for j in range(TOGETHER):
-                value = scales.load(0, blocks, first, e.const(j))
+                value = scales.load(0, blocks, first, e.const(j), 0)
                 e.store(b, value, b.add(target, b.mul(e.offset(b, done, j), e.const(WORD_BYTES))))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), codegen
+
+
+@intrinsic
+def unpack_powers(typing_context, source, count, target):
+    """`count` times the powers of two that the rows of a panel have, from bytes to float32."""
+
+    def codegen(context, b, signature, args):
+        source, count, target = args
+        with cgutils.for_range(b, count) as loop:
+            value = powers(b, b.add(source, b.mul(loop.index, e.const(ROWS))))
+            e.store(b, value, b.add(target, b.mul(loop.index, e.const(WORD_BYTES))))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def sum_of_half(typing_context, address):
+    """Minus the bias of the weights times the sum of the 32 int8 at an address."""
+
+    def codegen(context, b, signature, args):
+        return b.sext(half_sum(b, args[0]), ir.IntType(64))
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -218,7 +254,7 @@ def unpack(typing_context, form, floats, table, source, features, target):
 
     def codegen(context, b, signature, args):
         table, source, features, target = args[2:]
-        if form_ in (NF4, NF4_SINGLE):
+        if form_ in (NF4, NF4_SINGLE, MXFP4):
             _unpack_nf4(b, floats_, table, source, features, target)
         elif form_ == INT8:
             _unpack_int8(b, source, features, target)

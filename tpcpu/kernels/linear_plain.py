@@ -27,11 +27,12 @@ from tpcpu.kernels.memory import (
     store_i64,
     store_u16,
 )
-from tpcpu.kernels.record import BF16, BLOCK, FLOAT32, FLOATS, INT8, NF4, SPAN
+from tpcpu.kernels.record import BF16, BLOCK, FLOAT32, FLOATS, INT8, MXFP4, NF4, SPAN
 from tpcpu.kernels.simd import emit
 from tpcpu.kernels.simd import vectors as v
 
 LANES = v.LANES
+HALF = BLOCK // R.HALVES
 
 
 @helper
@@ -39,18 +40,19 @@ def _word(record, word):
     return load_i64(record + 8 * word)
 
 
-@intrinsic
-def _dot_bytes(typing_context, x, y):
-    """The sum of 64 products of signed bytes."""
+@intrinsic(prefer_literal=True)
+def _dot_bytes(typing_context, x, y, count):
+    """The sum of `count`, a constant, products of signed bytes."""
+    many = count.literal_value
 
     def codegen(context, builder, signature, args):
-        wide = ir.VectorType(I16, BLOCK)
-        x, y = (builder.sext(emit.load(builder, at, ir.VectorType(I8, BLOCK)), wide) for at in args)
-        products = builder.sext(builder.mul(x, y), ir.VectorType(I32, BLOCK))
-        total = emit.intrinsic_call(builder, f"llvm.vector.reduce.add.v{BLOCK}i32", I32, [products])
+        wide = ir.VectorType(I16, many)
+        x, y = (builder.sext(emit.load(builder, at, ir.VectorType(I8, many)), wide) for at in args[:2])
+        products = builder.sext(builder.mul(x, y), ir.VectorType(I32, many))
+        total = emit.intrinsic_call(builder, f"llvm.vector.reduce.add.v{many}i32", I32, [products])
         return builder.sext(total, ir.IntType(64))
 
-    return types.int64(types.int64, types.int64), codegen
+    return types.int64(types.int64, types.int64, count), codegen
 
 
 @helper
@@ -82,6 +84,13 @@ def decode(record, segment, row, target, form, exact):
                 store_i64(target + 8 * i, load_i64(table + 8 * pair))
             else:
                 store_u16(target + 2 * i, load_u16(table + 2 * pair))
+
+
+@helper
+def _power(segment, row, half):
+    """The scale of a half of a block: 2^(n - 127)."""
+    halves = _word(segment, R.S_COLUMNS) // HALF
+    return float_bits(max(load_u8(_word(segment, R.S_SCALES) + row * halves + half) << 23, 1 << 22))
 
 
 @helper
@@ -124,10 +133,19 @@ def _row(record, segment, row, x, token, decoded, form, exact):
             at = block * BLOCK
             if form in FLOATS:
                 span += float_block(decoded + 4 * at, x + 4 * at, min(columns - at, BLOCK))
+            elif form == MXFP4:
+                for half in range(R.HALVES):
+                    here = at + HALF * half
+                    if exact:
+                        product = float_block(decoded + 4 * here, x + 4 * here, HALF)
+                    else:
+                        product = float32(_dot_bytes(decoded + here, x + here, HALF))
+                        product *= load_f32(x_scales + 4 * block) * factor
+                    span += _power(segment, row, R.HALVES * block + half) * product
             elif exact:
                 span += scale(segment, row, block, form) * float_block(decoded + 4 * at, x + 4 * at, BLOCK)
             else:
-                product = float32(_dot_bytes(decoded + at, x + at))
+                product = float32(_dot_bytes(decoded + at, x + at, BLOCK))
                 span += scale(segment, row, block, form) * (load_f32(x_scales + 4 * block) * factor) * product
         total += span
     return total

@@ -7,9 +7,13 @@ no compiler.
 BLOCK = 64
 """Weights that share a scale."""
 
-FORMATS = 6
-NF4, NF4_SINGLE, INT8, BF16, F16, FLOAT32 = range(FORMATS)
-"""Formats of packed weights. NF4_SINGLE has float32 scales, one per block, instead of doubly quantised ones."""
+FORMATS = 7
+NF4, NF4_SINGLE, INT8, BF16, F16, FLOAT32, MXFP4 = range(FORMATS)
+"""Formats of packed weights. NF4_SINGLE has float32 scales, one per block, instead of doubly quantised ones; MXFP4 has
+a power of two for each half of a block, the power in a byte."""
+
+HALVES = 2
+"""Halves of a block in MXFP4."""
 
 FLOATS = (BF16, F16, FLOAT32)
 """Formats that always multiply float32 activations."""
@@ -334,7 +338,7 @@ T_OWN_STRIDE = 38
 S_VALUES = 0
 """Packed weights, panel by panel."""
 S_SCALES = 1
-"""Scale codes (uint8) or scales (float32), block by block, the rows of a panel together."""
+"""Scale codes or powers (uint8) or scales (float32), block by block, the rows of a panel together."""
 S_GROUPS = 2
 """float32 scales of groups of 256 scale codes, addressed by the number of the group in the whole tensor."""
 S_CODE = 3
@@ -384,6 +388,8 @@ G_BEGINS = 15
 """1 in the first span, before which there is no result."""
 G_BIAS = 16
 """In the last span the bias of the first row, or 0."""
+G_X_HALVES = 17
+"""Bytes from the sums of the first halves of blocks, where these have scales of their own, to those of the second."""
 TASK_WORDS = 24
 
 # Operands of packing.
@@ -404,6 +410,8 @@ N_UNIT_BYTES = 7
 N_SEED = 8
 N_SET = 9
 """Bits that every word of 8 bytes has set."""
+N_KEPT = 12
+"""Of random bytes the bits of every word that are random."""
 N_MIDDLE = 10
 """Bits of a float32: the middle of what floats are drawn from,"""
 N_SPREAD = 11

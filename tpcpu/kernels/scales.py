@@ -1,4 +1,5 @@
-"""Scales of blocks, as a tile needs them: float32 as they are stored, or decoded from their doubly quantised form.
+"""Scales of blocks, as a tile needs them: float32 as they are stored, or decoded from their doubly quantised form, or
+the powers of two that bytes name.
 
 A doubly quantised scale is `code[q] * group + offset`, each step rounded to float32 as the published dequantiser rounds
 it. Codes are decoded for four blocks of a panel at a time and kept on the stack while the tile goes through these. A
@@ -12,6 +13,7 @@ from numba.core import cgutils
 from tpcpu.kernels import record as R
 from tpcpu.kernels.isa import has_byte_permute, selected
 from tpcpu.kernels.memory import F32, I32
+from tpcpu.kernels.record import BLOCK
 from tpcpu.kernels.simd import emit as e
 from tpcpu.kernels.simd import instructions as isa
 
@@ -31,11 +33,47 @@ class StoredScales:
     def decode(self, block, blocks):
         """Nothing to do."""
 
-    def load(self, p, blocks, block, _inside):
+    def load(self, p, blocks, block, _inside, _half):
         """The scales of `block` in panel p; a panel has `blocks`."""
         b = self.o.b
         at = b.mul(b.add(b.mul(e.offset(b, self.o.panel, p), blocks), block), e.const(ROWS))
         return e.load(b, e.offset(b, self.o.scales, at, 4), e.F32V)
+
+
+class PowerScales:
+    """Bytes n that stand for 2^(n - 127), of both halves of a block one after the other."""
+
+    def __init__(self, o):
+        self.o = o
+
+    def decode(self, block, blocks):
+        """Nothing to do ahead."""
+
+    def load(self, p, blocks, block, _inside, half):
+        """The scales of one half of `block` in panel p; a panel has `blocks`."""
+        b = self.o.b
+        at = b.mul(b.add(b.mul(e.offset(b, self.o.panel, p), blocks), block), e.const(R.HALVES * ROWS))
+        address = e.offset(b, b.add(self.o.scales, at), half * ROWS)
+        if self.o.prefetches and half == 0:
+            e.prefetch(b, e.offset(b, address, R.HALVES * PREFETCH))
+        return powers(b, address)
+
+
+def powers(b, address):
+    """The float32 2^(n - 127) of bytes n, one of each row of a panel."""
+    bits = b.shl(e.widen_bytes(b, address), e.constants([23] * ROWS, I32))
+    # Below the smallest exponent of float32 there is one more power.
+    least = e.constants([1 << 22] * ROWS, I32)
+    return b.bitcast(b.select(b.icmp_signed(">", bits, least), bits, least), e.F32V)
+
+
+def half_sum(b, address):
+    """Minus the bias of the weights times the sum of the 32 int8 at an address, an int32."""
+    half = BLOCK // R.HALVES
+    wide = ir.VectorType(ir.IntType(16), half)
+    values = b.sext(e.load(b, address, ir.VectorType(ir.IntType(8), half)), wide)
+    total = e.intrinsic_call(b, f"llvm.vector.reduce.add.v{half}i16", ir.IntType(16), [values])
+    return b.mul(b.sext(total, I32), e.const(-isa.WEIGHT_BIAS, I32))
 
 
 class CodedScales:
@@ -88,7 +126,7 @@ class CodedScales:
                 with apart:
                     self._keep(p, values, [self._fetch(p, e.offset(b, block, j)) for j in range(TOGETHER)])
 
-    def load(self, p, _blocks, _block, inside):
+    def load(self, p, _blocks, _block, inside, _half):
         """The scales of one of the decoded blocks, `inside` of them."""
         b = self.o.b
         return b.load(b.gep(self.decoded[p], [e.const(0, I32), b.trunc(inside, I32)]))

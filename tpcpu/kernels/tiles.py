@@ -18,8 +18,8 @@ from numba.extending import intrinsic
 from tpcpu.kernels import record as R
 from tpcpu.kernels.isa import prefetches, selected
 from tpcpu.kernels.memory import F32, I32
-from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, INT8, NF4, NF4_SINGLE
-from tpcpu.kernels.scales import TOGETHER, CodedScales, StoredScales
+from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, INT8, MXFP4, NF4, NF4_SINGLE
+from tpcpu.kernels.scales import TOGETHER, CodedScales, PowerScales, StoredScales, half_sum
 from tpcpu.kernels.simd import emit as e
 from tpcpu.kernels.simd import instructions as isa
 
@@ -91,14 +91,21 @@ def _ahead(o, packed, block, blocks, block_bytes):
     return [b.add(address, jump) for address in packed]
 
 
-def _integer_products(o, sums, packed, ahead, x_at, nf4, table):
+def _part(half, groups):
+    """The groups of a block, or of one half of it: `half` is (number, halves)."""
+    number, halves = half
+    return range(groups * number // halves, groups * (number + 1) // halves)
+
+
+def _integer_products(o, sums, packed, ahead, x_at, nf4, table, half):
     """Adds a block's products of bytes to `sums`, some for each panel and token: integers add up alike in any order.
 
-    `packed[p]`: address of the block; `ahead[p]`: what to prefetch with it; `x_at`: its first feature.
+    `packed[p]`: address of the block; `ahead[p]`: what to prefetch with it; `x_at`: its first feature; `half`: see
+    `_part`.
     """
     b = o.b
     groups, features = (8, 8) if nf4 else (16, 4)
-    for g in range(groups):
+    for g in _part(half, groups):
         weights = []
         for p in range(o.panels):
             if ahead:
@@ -110,23 +117,23 @@ def _integer_products(o, sums, packed, ahead, x_at, nf4, table):
             else:
                 weights.append([stored])
         for m in range(o.tokens):
-            for half in range(len(weights[0])):
-                x = _splat_bytes(b, e.offset(b, e.offset(b, o.x[m], x_at), features * g + 4 * half))
+            for four in range(len(weights[0])):
+                x = _splat_bytes(b, e.offset(b, e.offset(b, o.x[m], x_at), features * g + 4 * four))
                 for p in range(o.panels):
-                    register = sums[p, m][(g * len(weights[p]) + half) % len(sums[p, m])]
-                    b.store(isa.dot4(b, b.load(register), weights[p][half], x), register)
+                    register = sums[p, m][(g * len(weights[p]) + four) % len(sums[p, m])]
+                    b.store(isa.dot4(b, b.load(register), weights[p][four], x), register)
 
 
-def _float_products(o, sums, packed, ahead, x_at, nf4, table):
+def _float_products(o, sums, packed, ahead, x_at, nf4, table, half):
     """As `_integer_products`, with float32 activations and one sum: feature after feature."""
     b = o.b
     groups = 8 if nf4 else 16
-    for g in range(groups):
+    for g in _part(half, groups):
         stored = [e.load(b, e.offset(b, packed[p], g * 4 * ROWS), e.I32V) for p in range(o.panels)]
         if ahead:
             for p in range(o.panels):
                 e.prefetch(b, e.offset(b, ahead[p], g * 4 * ROWS))
-        shifts = [8 * j + 4 * half for half in (0, 1) for j in range(4)] if nf4 else [8 * j for j in range(4)]
+        shifts = [8 * j + 4 * high for high in (0, 1) for j in range(4)] if nf4 else [8 * j for j in range(4)]
         for j, shift in enumerate(shifts):
             values = []
             for p in range(o.panels):
@@ -199,10 +206,25 @@ def _store(o, totals):
             e.store_rows(b, b.fadd(b.load(totals[p, m]), b.load(added)), at, b.sub(rows, row))
 
 
-def _quantised_tile(o, nf4, coded, exact):
-    """NF4 or int8 weights; int8 activations with a scale per block, or float32 ones."""
+_SCALES = {NF4: CodedScales, NF4_SINGLE: StoredScales, INT8: StoredScales, MXFP4: PowerScales}
+
+
+def _starts(o, m, block, x_at, halves):
+    """What the sums of integers of token m begin with, by halves of a block: what undoes the bias of the weights."""
     b = o.b
-    scales = CodedScales(o) if coded else StoredScales(o)
+    if not isa.WEIGHT_BIAS:
+        return [e.constants([0] * ROWS, I32)] * halves
+    whole = e.load(b, e.offset(b, o.x_sums[m], block, 4), I32)
+    if halves == 1:
+        return [e.splat(b, whole, e.I32V)]
+    first = half_sum(b, e.offset(b, o.x[m], x_at))
+    return [e.splat(b, first, e.I32V), e.splat(b, b.sub(whole, first), e.I32V)]
+
+
+def _quantised_tile(o, form, exact):
+    """4-bit or int8 weights; int8 activations with a scale per block, or float32 ones."""
+    b, nf4 = o.b, form != INT8
+    scales, halves = _SCALES[form](o), R.HALVES if form == MXFP4 else 1
     blocks = b.udiv(o.columns, e.const(BLOCK))
     block_bytes = BLOCK * ROWS // (2 if nf4 else 1)
     if not nf4:
@@ -222,18 +244,23 @@ def _quantised_tile(o, nf4, coded, exact):
         ]
         ahead = _ahead(o, packed, block, blocks, block_bytes) if o.prefetches else []
         x_at = b.mul(block, e.const(BLOCK))
+        starts = [] if exact else [_starts(o, m, block, x_at, halves) for m in range(o.tokens)]
+        for half in range(halves):
+            one_half(block, inside, span_sums, packed, ahead, x_at, starts, half)
+
+    def one_half(block, inside, span_sums, packed, ahead, x_at, starts, half):
+        """Of a block in halves with scales of their own; else all of it."""
         if exact:
             o.fill(sums, ir.Constant(e.F32V, [0.0] * ROWS))
-            _float_products(o, sums, packed, ahead, x_at, nf4, table)
+            _float_products(o, sums, packed, ahead, x_at, nf4, table, (half, halves))
         else:
             zero = e.constants([0] * ROWS, I32)
             for p, m in o.each():
-                start = _splat_bytes(b, e.offset(b, o.x_sums[m], block, 4)) if isa.WEIGHT_BIAS else zero
-                for register, value in zip(sums[p, m], (start, zero), strict=False):
+                for register, value in zip(sums[p, m], (starts[m][half], zero), strict=False):
                     b.store(value, register)
-            _integer_products(o, sums, packed, ahead, x_at, nf4, table)
+            _integer_products(o, sums, packed, ahead, x_at, nf4, table, (half, halves))
         for p in range(o.panels):
-            scale = scales.load(p, blocks, block, inside)
+            scale = scales.load(p, blocks, block, inside, half)
             for m in range(o.tokens):
                 register = span_sums[p, m]
                 if exact:
@@ -281,8 +308,8 @@ def _float_tile(o, bits):
 
 def _emit_tile(b, panels, tokens, form, exact, addresses, one, spans=None):
     o = _Operands(b, panels, tokens, *addresses, one=one, spans=spans)
-    if form in (NF4, NF4_SINGLE, INT8):
-        _quantised_tile(o, form != INT8, form == NF4, exact)
+    if form in _SCALES:
+        _quantised_tile(o, form, exact)
     else:
         _float_tile(o, {BF16: 16, F16: 17, FLOAT32: 32}[form])
 

@@ -228,8 +228,9 @@ class Builder:
         self, modules: tuple[str, str, str], hidden: int, features: Range, full_features: int, *, bias: bool = False
     ) -> Expert:
         """The matrices of one expert, gate, up and down, divided over its inner features; `bias`: with their biases."""
-        gate, up = (self.matrix(name, (full_features, hidden), rows=features, bias=bias) for name in modules[:2])
-        down = self.matrix(modules[2], (hidden, full_features), columns=features).weight
+        full, kind = (full_features, hidden), Kind.EXPERT
+        gate, up = (self.matrix(name, full, rows=features, bias=bias, kind=kind) for name in modules[:2])
+        down = self.matrix(modules[2], full[::-1], columns=features, kind=kind).weight
         once = Range(0, hidden if self.share.rank == 0 else 0)
         down_bias = self.vector(f"{modules[2]}.bias", hidden, once) if bias else None
         return Expert(gate.weight, up.weight, down, gate.bias, up.bias, down_bias)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from statistics import mode
 
-from tpcpu.kernels.record import RING, SPAN
+from tpcpu.kernels.record import HALVES, RING, SPAN
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.lowering import Joining, stages
@@ -60,6 +60,8 @@ class Storage:
     head: str = "int8"
     embedding: str = "bf16"
     cache: str = "bf16"
+    experts: str = ""
+    """Of matrices of experts, where that is another than that of matrices."""
 
     def of(self, weight: Weight) -> str:
         """The format of one weight; what has rows of no multiple of 64 cannot be cut into blocks and stays bf16."""
@@ -70,6 +72,8 @@ class Storage:
                 return self.embedding
             case _:
                 wanted = self.head if weight.kind is Kind.HEAD else self.matrices
+                if weight.kind is Kind.EXPERT and self.experts:
+                    wanted = self.experts
                 if weight.unit_rows and wanted in FLOAT_BYTES:
                     return "float32"
                 return "bf16" if wanted not in FLOAT_BYTES and weight.full_columns % BLOCK else wanted
@@ -83,6 +87,8 @@ def weight_bytes(weight: Weight, stored: str) -> int:
             return weight.size // 2 + blocks + 4 * groups_touched(weight)
         case "int8":
             return weight.size + 4 * blocks
+        case "mxfp4":
+            return weight.size // 2 + HALVES * blocks
         case _:
             return weight.size * FLOAT_BYTES[stored]
 

@@ -49,13 +49,15 @@ class Kind(Enum):
     VECTOR = "vector"
     EMBEDDING = "embedding"
     HEAD = "head"
+    EXPERT = "expert"
+    """A matrix of one of several experts, for which publishers have formats of their own."""
     ROUTER = "router"
     """A matrix whose products choose between experts: held in floats, so that the choice is that of the model."""
 
     @property
     def multiplies(self) -> bool:
         """Whether the quantiser turns it into 4 or 8 bits."""
-        return self in (Kind.MATRIX, Kind.CONV)
+        return self in (Kind.MATRIX, Kind.CONV, Kind.EXPERT)
 
     @property
     def is_packed(self) -> bool:

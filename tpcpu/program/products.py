@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tpcpu.formats import mxfp4
 from tpcpu.formats.nf4 import CODES
 from tpcpu.kernels import activations
 from tpcpu.kernels import record as R
@@ -88,7 +89,8 @@ class Products:
         self._gemm_rooms: dict[int, int] = {}
         self._head_rooms: dict[int, int] = {}
         self._copy_rows: dict[tuple[type, int], int] = {}
-        self._tables = {codebook: _tables(code) for codebook, code in CODES.items()}
+        self._tables = {codebook: _tables(code, 127) for codebook, code in CODES.items()}
+        self._tables["mxfp4"] = _tables(mxfp4.CODE, mxfp4.STEPS)
         self.keep: list[object] = [self._tables]
         """What records name the addresses of."""
 
@@ -203,8 +205,8 @@ class Products:
         """The words of the next record that depend on a format, and the memory that its product needs."""
         form, codebook = stored
         table = self._tables[codebook][0 if self.multiplies_integers(stored) else 1].ctypes.data
-        factor = float_bits(1 / 127 if form in (R.NF4, R.NF4_SINGLE) else 1.0)
-        return {R.TABLE: table, R.FACTOR: factor, **self._scratch(columns), **self._room(form)}
+        steps = {R.NF4: 127, R.NF4_SINGLE: 127, R.MXFP4: mxfp4.STEPS}.get(form, 1)
+        return {R.TABLE: table, R.FACTOR: float_bits(1 / steps), **self._scratch(columns), **self._room(form)}
 
     def _room(self, form: int) -> dict[int, int]:
         """Memory of each thread for a product with many tokens, which leaves nothing there; plain kernels need none."""
@@ -228,9 +230,9 @@ class Products:
         return {R.SCRATCH: self._rooms[columns, turn], R.SCRATCH_STRIDE: row, R.NUMBER: self._records.count + 1}
 
 
-def _tables(code: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """The values of 4-bit codes as kernels look them up: as bytes of 127ths, and exactly."""
-    rounded = np.rint(code * 127).astype(np.int8)
+def _tables(code: NDArray[np.float32], steps: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """The values of 4-bit codes as kernels look them up: as bytes that count so many steps to 1, and exactly."""
+    rounded = np.rint(code * steps).astype(np.int8)
     if PANEL_ROWS == 1:
         # Pairs by the published byte: the high half is the first.
         high, low = np.divmod(np.arange(256), 16)

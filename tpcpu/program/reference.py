@@ -62,12 +62,14 @@ class MatrixValues:
 
     values: what is stored, `(rows, columns)`: floats, int8 integers, or the code values of NF4 (in -1 to 1).
     scales: float32 `(rows, blocks)`, a weight being value × scale; None where the values are the weights.
-    levels: the 8-bit arithmetic multiplies rint(levels × value): 127 for NF4, 1 for int8.
+    levels: the 8-bit arithmetic multiplies rint(levels × value): 127 for NF4, 2 for MXFP4, 1 for int8.
+    halves: how many scales a block of 64 has, 2 in MXFP4.
     """
 
     values: Array
     scales: Array | None = None
     levels: int = 1
+    halves: int = 1
 
     @classmethod
     def nf4(cls, codes: Array, scales: Array, table: Array) -> "MatrixValues":
@@ -79,19 +81,25 @@ class MatrixValues:
         """`values` int8 (rows, columns); `scales` float32 (rows, columns / 64)."""
         return cls(values, scales)
 
+    @classmethod
+    def mxfp4(cls, codes: Array, scales: Array, table: Array) -> "MatrixValues":
+        """`codes` uint8 (rows, columns) index the 16 values of `table`; `scales` float32 (rows, columns / 32)."""
+        return cls(np.asarray(table, np.float32)[codes], scales, levels=2, halves=2)
+
     def part(self, weight: Weight) -> "MatrixValues":
         """The rows and columns that a rank holds of it; vectors are matrices of one column."""
         rows, columns = slice(weight.rows.start, weight.rows.stop), slice(weight.columns.start, weight.columns.stop)
         blocks = weight.columns.blocks(BLOCK)
         values = self.values.reshape(weight.full_rows, weight.full_columns)[rows, columns]
-        scales = None if self.scales is None else self.scales[rows, blocks.start : blocks.stop]
+        of_rows = slice(blocks.start * self.halves, blocks.stop * self.halves)
+        scales = None if self.scales is None else self.scales[rows, of_rows]
         return replace(self, values=values, scales=scales)
 
     def floats(self, dtype: np.dtype[Any]) -> "MatrixValues":
         """The weights that these values stand for; value × scale is rounded to float32, as NF4 is defined."""
         if self.scales is None:
             return MatrixValues(self.values.astype(dtype))
-        scales = np.repeat(self.scales, BLOCK, axis=1)[:, : self.values.shape[1]]
+        scales = np.repeat(self.scales, BLOCK // self.halves, axis=1)[:, : self.values.shape[1]]
         return MatrixValues((self.values.astype(np.float32) * scales).astype(dtype))
 
     def divided(self, by: Array) -> "MatrixValues":
@@ -241,9 +249,11 @@ def multiply(x: Array, matrix: MatrixValues) -> Array:
         span = np.zeros_like(out)
         for block in range(start, min(start + SPAN, steps.shape[1])):
             columns = weight[:, block * BLOCK : (block + 1) * BLOCK].astype(x.dtype)
-            # Sums of 64 products of two whole numbers up to 127 are exact in float32.
-            product = steps[:, block, : columns.shape[1]] @ columns.T
-            span += worth[:, block, None] * weight_worth[None, :, block] * product
+            for half in range(matrix.halves):
+                part = slice(half * BLOCK // matrix.halves, (half + 1) * BLOCK // matrix.halves)
+                # Sums of 64 products of two whole numbers up to 127 are exact in float32.
+                product = steps[:, block, : columns.shape[1]][:, part] @ columns[:, part].T
+                span += worth[:, block, None] * weight_worth[None, :, block * matrix.halves + half] * product
         out += span
     return out
 

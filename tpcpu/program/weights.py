@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tpcpu.formats import mxfp4
 from tpcpu.formats.tables import DYNAMIC_MAP, NF4_CODE
 from tpcpu.kernels import fill, pack
 from tpcpu.kernels import record as R
@@ -25,6 +26,9 @@ PANEL_ROWS = selected().panel_rows
 
 ELEMENT_BYTES = {R.BF16: 2, R.F16: 2, R.FLOAT32: 4}
 
+_SCALE_BYTES = {R.NF4: 1, R.NF4_SINGLE: 4, R.INT8: 4, R.MXFP4: R.HALVES}
+"""Of a block."""
+
 
 def float_bits(value: float) -> int:
     """The bits of a float32, as a word of a record holds them."""
@@ -37,10 +41,10 @@ class Source:
 
     Arrays are two-dimensional, one row per row of the matrix, the last axis contiguous: `values` holds 4-bit codes
     two to a byte (columns / 2 uint8), int8, or floats; `scales` holds scale codes (uint8) or scales (float32), one
-    per block. `groups` are the float32 scales of groups of 256 blocks, from the group `first_group` of the whole
-    tensor on; `code` the 256 values of scale codes. `mapped`: `values` lie in a mapped file, whose pages are given
-    back as they are packed; never say so of memory that holds the only copy. `codebook`: whose 16 values 4-bit codes
-    stand for, `nf4` or `fp4`.
+    per block, or powers (uint8), one per half of a block. `groups` are the float32 scales of groups of 256 blocks, from
+    the group `first_group` of the whole tensor on; `code` the 256 values of scale codes. `mapped`: `values` lie in a
+    mapped file, whose pages are given back as they are packed; never say so of memory that holds the only copy.
+    `codebook`: whose 16 values 4-bit codes stand for, `nf4`, `fp4` or `mxfp4`.
     """
 
     form: int
@@ -61,6 +65,7 @@ class Draw:
     kernel: Kernel
     seed: int
     bits: int = 0
+    kept: int = -1
     middle: float = 0.0
     spread: float = 0.0
 
@@ -70,7 +75,7 @@ class Draw:
         record[0, R.KERNELS : R.KERNELS + 3] = self.kernel.address
         record[0, R.BARRIER], record[0, R.STEP] = 0b111, _IDLE_STEP.ctypes.data
         record[0, R.N_OUT], record[0, R.N_UNITS], record[0, R.N_UNIT_BYTES] = address, units, nbytes // units
-        record[0, R.N_SEED], record[0, R.N_SET] = self.seed, self.bits
+        record[0, R.N_SEED], record[0, R.N_SET], record[0, R.N_KEPT] = self.seed, self.bits, self.kept
         record[0, R.N_MIDDLE], record[0, R.N_SPREAD] = float_bits(self.middle), float_bits(self.spread)
         return record
 
@@ -98,6 +103,12 @@ class Noise:
                 scale = self.deviation / (256 / math.sqrt(12))
                 scales = Draw(fill.fill_float32, other, middle=scale, spread=SCALE_SPREAD * scale)
                 return Draw(fill.fill_bytes, self.seed, bits=0x0101010101010101), scales
+            case R.MXFP4:
+                # The nearest power of two, the same for all.
+                scale = self.deviation / float(np.sqrt(np.mean(np.square(mxfp4.CODE))))
+                power = round(math.log2(scale)) + mxfp4.BIAS
+                same = Draw(fill.fill_bytes, other, bits=power * 0x0101010101010101, kept=0)
+                return Draw(fill.fill_bytes, self.seed), same
         kernel = fill.fill_bf16 if self.form == R.BF16 else fill.fill_float32
         return Draw(kernel, self.seed, spread=math.sqrt(3) * self.deviation), None
 
@@ -105,14 +116,14 @@ class Noise:
         """A source of which only the tables of the scales are used."""
         nothing = np.empty((0, 0), np.uint8)
         if self.form != R.NF4:
-            return Source(self.form, nothing)
+            return Source(self.form, nothing, codebook="mxfp4" if self.form == R.MXFP4 else "nf4")
         mean = self.deviation / float(np.sqrt(np.mean(np.square(NF4_CODE))))
         used = (weight.rows * (weight.full_columns // BLOCK)).blocks(256)
         groups = np.full(len(used), SCALE_SPREAD * mean, np.float32)
         return Source(self.form, nothing, None, groups, used.start, DYNAMIC_MAP, mean)
 
 
-NOISE_FORMS = (R.NF4, R.INT8, R.BF16, R.FLOAT32)
+NOISE_FORMS = (R.NF4, R.INT8, R.MXFP4, R.BF16, R.FLOAT32)
 """Formats that can be filled with noise."""
 
 
@@ -170,7 +181,7 @@ def _sizes(rows: int, columns: int, form: int) -> tuple[int, int]:
     if form in ELEMENT_BYTES:
         return held * columns * ELEMENT_BYTES[form], 0
     blocks = held * (columns // BLOCK)
-    return blocks * (BLOCK if form == R.INT8 else BLOCK // 2), blocks * (1 if form == R.NF4 else 4)
+    return blocks * (BLOCK if form == R.INT8 else BLOCK // 2), blocks * _SCALE_BYTES[form]
 
 
 def panel_bytes(columns: int, form: int) -> tuple[int, int]:
@@ -184,7 +195,7 @@ def _aligned(nbytes: int) -> int:
 
 def packing_kernels(forms: Iterable[int]) -> set[Kernel]:
     """What packs weights of these formats, scales included."""
-    scales = {R.NF4: 1, R.NF4_SINGLE: 4, R.INT8: 4}
+    scales = {R.NF4: 1, R.NF4_SINGLE: 4, R.INT8: 4, R.MXFP4: 1}
     wanted = set(forms)
     return {_packer(form) for form in wanted} | {pack.pack_elements(scales[form]) for form in wanted & set(scales)}
 
@@ -214,7 +225,7 @@ class Packer:
             units = _units(columns, source.form)
             jobs.append(self._job(_packer(source.form), source.values, rows, units, values, source.mapped))
             if source.scales is not None:
-                jobs.append(self._scales(source.scales, rows, columns // BLOCK, scales))
+                jobs.append(self._scales(source.scales, rows, source.scales.shape[1], scales))
         if jobs:
             self._team.run(np.concatenate(jobs))
         return self._finish(weight, source, values, scales)
@@ -283,7 +294,7 @@ class Packer:
         return address
 
     def _scales(self, scales: NDArray[Any], rows: int, blocks: int, out: int) -> NDArray[np.int64]:
-        """Scales, or their codes, block by block, the rows of a panel together."""
+        """Scales, or their codes or powers, block by block, the rows of a panel together."""
         return self._job(pack.pack_elements(scales.itemsize), scales, rows, blocks, out)
 
     def _job(
@@ -309,7 +320,7 @@ _IDLE_STEP = np.zeros(R.STEP_WORDS, np.int64)
 
 def _units(columns: int, form: int) -> int:
     """Columns as the packing kernel of the format counts them."""
-    return columns // 2 if form in (R.NF4, R.NF4_SINGLE) and PANEL_ROWS == 1 else columns
+    return columns // 2 if form in (R.NF4, R.NF4_SINGLE, R.MXFP4) and PANEL_ROWS == 1 else columns
 
 
 def _packer(form: int) -> Kernel:
