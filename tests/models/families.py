@@ -29,6 +29,14 @@ _LATENT_YARN = {
     "mscale": 0.8, "mscale_all_dim": 0.8, "beta_fast": 4, "beta_slow": 1,
 }  # fmt: skip
 _GEMMA = _SHAPE | {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 9}
+_GPT_OSS = _SHAPE | {
+    "num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 24, "sliding_window": 9, "swiglu_limit": 1.5,
+    "swiglu_alpha": 2.5, "intermediate_size": 140,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False, "beta_fast": 3.0,
+        "beta_slow": 1.0, "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
 _BAICHUAN = {
     "model_type": "baichuan", "vocab_size": VOCAB, "hidden_size": 144, "intermediate_size": 172, "rms_norm_eps": 1e-6,
     "num_hidden_layers": 2, "num_attention_heads": 6, "hidden_act": "silu", "tie_word_embeddings": False,
@@ -47,11 +55,15 @@ def _rope(kind: str, **values: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """`config`: what config.json says. `published`: the function of `published.py`, if it is not transformers'."""
+    """`config`: what config.json says. `published`: the function of `published.py`, if it is not transformers'.
+
+    `mxfp4`: stacks of experts are stored in that format, as their publisher has them.
+    """
 
     model_type: str
     config: dict[str, Any]
     published: str = ""
+    mxfp4: bool = False
 
 
 _SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
@@ -83,18 +95,8 @@ FAMILIES = {
             "use_sliding_window": True, "sliding_window": 9,
         },
     ),
-    "gpt_oss": Family(
-        "gpt_oss",
-        _SHAPE
-        | {
-            "num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 24, "sliding_window": 9, "swiglu_limit": 1.5,
-            "swiglu_alpha": 2.5, "intermediate_size": 140,
-            "rope_parameters": {
-                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False, "beta_fast": 3.0,
-                "beta_slow": 1.0, "original_max_position_embeddings": 32,
-            },
-        },
-    ),
+    "gpt_oss": Family("gpt_oss", _GPT_OSS),
+    "gpt_oss-mxfp4": Family("gpt_oss", _GPT_OSS | {"hidden_size": 128, "intermediate_size": 320}, mxfp4=True),
     "deepseek_v2-lite": Family("deepseek_v2", _LATENT | {"q_lora_rank": None, "topk_method": "greedy"}),
     "deepseek_v2": Family(
         "deepseek_v2",
@@ -192,9 +194,13 @@ class Made:
 
 def make(name: str, folder: Path) -> Made:
     """Saves the model in bfloat16, and computes in float32 what its folder says."""
+    return make_family(FAMILIES[name], folder)
+
+
+def make_family(family: Family, folder: Path) -> Made:
+    """As `make`, of any family."""
     import torch
 
-    family = FAMILIES[name]
     torch.manual_seed(5)
     made = _by_transformers(family, folder) if not family.published else _by_us(family, folder)
 
@@ -229,8 +235,30 @@ def _by_transformers(family: Family, folder: Path) -> Callable[[Any], Any]:
         for name, values in [*model.named_parameters(), *buffers]:
             values.copy_(_scaled(name, values, "gemma" in family.model_type))
     model.to(torch.bfloat16).save_pretrained(folder)
+    if family.mxfp4:
+        store_mxfp4(folder)
     read = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return lambda ids: read(ids[None], use_cache=False).logits[0]
+
+
+def store_mxfp4(folder: Path) -> None:
+    """Stacks of experts, which transformers writes turned, become random ones of about their size in mxfp4.
+
+    In blocks (experts, rows, columns / 32, 16), two values to a byte, and scales (experts, rows, columns / 32).
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith((".gate_up_proj", ".down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = experts, rows, columns // 32
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(121, 124, shape, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _by_us(family: Family, folder: Path) -> Callable[[Any], Any]:

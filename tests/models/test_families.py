@@ -11,6 +11,7 @@ from tests.models.families import FAMILIES, Made, make, text
 from tests.models.tiny import Tiny
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.errors import ConfigError
+from tpcpu.formats import mxfp4
 from tpcpu.models import ARCHITECTURES, read_config
 from tpcpu.models.keys import IGNORED
 from tpcpu.parallel.partition import Share
@@ -35,7 +36,15 @@ def read(made: Made, **changed: Any) -> Tiny:
     with Checkpoint.open(made.folder) as checkpoint:
         model = read_config(checkpoint.config | changed)
         checkpoint.take_apart(model.stacks)
-        return Tiny(model, {name: checkpoint.array(name) for name in checkpoint.tensors}, {})
+        names = [name for name in checkpoint.tensors if not name.endswith(".scales")]
+        return Tiny(model, {name: _values(checkpoint, name) for name in names}, {})
+
+
+def _values(checkpoint: Checkpoint, name: str) -> Any:
+    values = checkpoint.array(name)
+    if not mxfp4.is_stored(name, checkpoint.tensors):
+        return values
+    return mxfp4.dequantize(values, checkpoint.array(mxfp4.scales_name(name)))
 
 
 def run(tiny: Tiny, ids: list[int], size: int = 1) -> Any:
@@ -111,6 +120,8 @@ NEVER_HEARD = {
     "num_nextn_predict_layers",
     # Where layer_types says it.
     "_sliding_window_pattern", "sliding_window_pattern", "max_window_layers",
+    # What tensors say of themselves.
+    "quantization_config.quant_method", "quantization_config.modules_to_not_convert",
     # Within seq_length.
     "use_dynamic_ntk", "use_logn_attn",
 }  # fmt: skip

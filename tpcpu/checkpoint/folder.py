@@ -118,9 +118,13 @@ class Checkpoint:
     def __getitem__(self, name: str) -> StoredTensor:
         """The tensor called `name`, unread. Raises CheckpointError naming checkpoint and tensor."""
         if name not in self.tensors:
-            held = [stack.stored for stack in self._stacks if any(name.endswith(f".{part}") for part in stack.parts)]
-            module = re.sub(r"\.\d+\.[^.]+\.[^.]+$", "", name)
-            part = f", and not a part of {module}.{f' or {module}.'.join(held)} either" if held else ""
+            held = [
+                f"{found[1]}.{stack.stored}"
+                for stack in self._stacks
+                for part in stack.parts
+                if (found := re.fullmatch(rf"(.*)\.\d+\.{re.escape(part)}", name))
+            ]
+            part = f", and not a part of {' or '.join(held)} either" if held else ""
             raise CheckpointError(f"{self.path}: tensor {name} is missing{part}")
         return self.tensors[name]
 

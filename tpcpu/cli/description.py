@@ -12,12 +12,12 @@ from typing import Any
 from tpcpu import models
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.errors import ConfigError, LaunchError
-from tpcpu.formats import fp8, int8, nf4
+from tpcpu.formats import fp8, int8, mxfp4, nf4
 from tpcpu.parallel.partition import Share
 from tpcpu.program import cost
 
 _FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "float32"}
-_QUANTISED = ("nf4", "fp4", "int8")
+_QUANTISED = ("nf4", "fp4", "mxfp4", "int8")
 
 
 @dataclass
@@ -98,6 +98,12 @@ def _logical_tensors(checkpoint: Checkpoint) -> dict[str, _Logical]:
             own = [part for part in fp8.part_names(name) if part in names]
             parts.update(own)
             logical[name] = _Logical("fp8", tensor.shape, tensor.nbytes + sum(names[part].nbytes for part in own))
+        elif mxfp4.is_stored(name, names):
+            powers = names[mxfp4.scales_name(name)]
+            parts.add(powers.name)
+            dtypes = tensor.dtype, powers.dtype
+            shape = mxfp4.shape(f"tensor {tensor.title} with {powers.title}", tensor.shape, powers.shape, dtypes)
+            logical[name] = _Logical("mxfp4", shape, tensor.nbytes + powers.nbytes)
         elif tensor.dtype == "I8" and int8.is_stored(name, names):
             scales = int8.scale_name(name)
             parts.add(scales)
@@ -112,8 +118,9 @@ def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], fo
     is_gguf = checkpoint.path.suffix == ".gguf"
     if is_gguf:
         found.unsupported.append("GGUF files are not served: tpcpu quantize makes NF4, int8 or bf16 of them")
-    is_fp8 = any(tensor.format == "fp8" for tensor in logical.values())
-    if not (is_fp8 and method in fp8.METHODS) and method not in (
+    formats = {tensor.format for tensor in logical.values()}
+    known = ("fp8" in formats and method in fp8.METHODS) or ("mxfp4" in formats and method == mxfp4.METHOD)
+    if not known and method not in (
         None,
         "bitsandbytes",
         int8.QUANTIZATION_CONFIG["quant_method"],
@@ -152,7 +159,7 @@ def _compare_with_model(checkpoint: Checkpoint, logical: dict[str, _Logical], fo
             )
         elif tensor.dequantised:
             found.not_quantized[weight.name] = f"dequantised at loading: {tensor.format}"
-        elif tensor.format.startswith(("nf4", "fp4")) and weight.full_columns % nf4.BLOCK:
+        elif tensor.format.startswith(("nf4", "fp4", "mxfp4")) and weight.full_columns % nf4.BLOCK:
             found.not_quantized[weight.name] = (
                 f"dequantised at loading: rows of {weight.full_columns} values cut blocks"
             )

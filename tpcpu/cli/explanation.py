@@ -12,6 +12,7 @@ from tpcpu.checkpoint.folder import read_json
 from tpcpu.cli.listing import listing, ranges, size
 from tpcpu.cli.output import Output
 from tpcpu.errors import UsageError
+from tpcpu.formats import mxfp4
 from tpcpu.models import Model, read_config
 from tpcpu.parallel.partition import Share
 from tpcpu.program import cost
@@ -57,7 +58,8 @@ def _storage(args: argparse.Namespace, config: dict[str, Any]) -> cost.Storage:
     stored = {"bitsandbytes": "nf4", "tpcpu_int8": "int8"}.get(str(method), "nf4" if args.config else floats)
     matrices = args.format or stored
     head = args.lm_head or ("int8" if matrices in ("nf4", "int8") else matrices)
-    return cost.Storage(matrices=matrices, head=head, embedding=floats)
+    experts = mxfp4.METHOD if mxfp4.is_announced(config) else ""
+    return cost.Storage(matrices=matrices, head=head, embedding=floats, experts=experts)
 
 
 def _text(
@@ -69,10 +71,11 @@ def _text(
     read = cost.weight_bytes_per_token(programs, storage)
     needed = cost.parameters_of_token(shown)
     some = f", {_count(needed)} for a token" if needed < cost.parameters(shown) else ""
+    experts = f", experts {storage.experts}" if storage.experts else ""
     lines = [
         f"{model.model_type}, {model.config.num_hidden_layers} layers, {_count(cost.parameters(shown))} parameters"
         f"{some}: the program of rank {args.rank} of {args.ranks}",
-        f"in memory: weights {storage.matrices}, head {storage.head}, embedding {storage.embedding}, "
+        f"in memory: weights {storage.matrices}{experts}, head {storage.head}, embedding {storage.embedding}, "
         f"cache {storage.cache}, norms and biases float32",
         "",
         *listing(shown, storage, every_layer=args.layers == "all"),

@@ -11,7 +11,7 @@ import numpy as np
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.checkpoint.header import NUMPY_DTYPES
 from tpcpu.errors import CheckpointError, UsageError
-from tpcpu.formats import floats, fp8, int8, nf4
+from tpcpu.formats import floats, fp8, int8, mxfp4, nf4
 from tpcpu.formats.floats import FLOATS
 from tpcpu.kernels import record as R
 from tpcpu.models import Model
@@ -26,8 +26,13 @@ HEAD_FORMATS = ("int8", "bf16", "nf4")
 STORED = {"BF16": "bf16", "F16": "f16", "F32": "float32"}
 """Formats by the names of safetensors' dtypes."""
 
-FORMS = {"nf4": R.NF4, "int8": R.INT8, "bf16": R.BF16, "f16": R.F16, "float32": R.FLOAT32}
+FORMS = {
+    "nf4": R.NF4, "int8": R.INT8, "mxfp4": R.MXFP4, "bf16": R.BF16, "f16": R.F16, "float32": R.FLOAT32,
+}  # fmt: skip
 """Formats as kernels number them."""
+
+QUANTISED = ("nf4", "int8", "mxfp4")
+"""What is held as it is stored, or not at all."""
 
 _TENSOR_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "float32"}
 
@@ -95,7 +100,7 @@ def _binding(
     held = stored
     match weight.kind:
         case Kind.VECTOR | Kind.EMBEDDING:
-            if stored in ("nf4", "int8"):
+            if stored in QUANTISED:
                 raise CheckpointError(
                     f"{checkpoint.path}: tensor {weight.name} is stored as {stored}; norms, biases and the embedding "
                     f"are expected as {', '.join(STORED.values())}"
@@ -103,24 +108,24 @@ def _binding(
             return Binding(weight, stored, "float32" if weight.kind is Kind.VECTOR else stored)
         case Kind.ROUTER:
             # Choices are made in float32, of what the model has.
-            if stored in ("nf4", "int8"):
+            if stored in QUANTISED:
                 held = "float32" if state is None else _TENSOR_DTYPES[state.dtype]
             return Binding(weight, stored, held, state)
         case Kind.HEAD:
             # Read for every token: 8 bits beside quantised weights, as it is beside others.
             held = lm_head or ("int8" if wanted in ("nf4", "int8") and stored in STORED.values() else stored)
-        case Kind.MATRIX | Kind.CONV:
+        case Kind.MATRIX | Kind.CONV | Kind.EXPERT:
             held = wanted or stored
-    if stored in ("nf4", "int8") and held != stored and not (weight.kind.multiplies and wanted in ("nf4", "int8")):
+    if stored in QUANTISED and held != stored and not (weight.kind.multiplies and wanted in ("nf4", "int8")):
         raise UsageError(
             f"{checkpoint.path} is stored as {stored}: it cannot be held as {held}; "
             f"start from the unquantised checkpoint, or leave --format and --lm-head out"
         )
-    if stored in ("nf4", "int8"):
+    if stored in QUANTISED:
         held = stored
-    if held in ("nf4", "int8") and (weight.full_columns % BLOCK or (state is not None and state.block % BLOCK)):
+    if held in QUANTISED and (weight.full_columns % BLOCK or (state is not None and state.block % BLOCK)):
         # Blocks of 64 would cross rows, or are not there: held in the floats that it is made of.
-        held = stored if state is None else _TENSOR_DTYPES[state.dtype]
+        held = "bf16" if stored == "mxfp4" else stored if state is None else _TENSOR_DTYPES[state.dtype]
     if weight.unit_rows and held == "nf4":
         raise UsageError("--lm-head nf4: this model's head is divided row by row by its length; int8 and bf16 work")
     if weight.unit_rows and held != "int8":
@@ -141,13 +146,17 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | No
         form, shape = "nf4", state.shape
     elif tensor.dtype == "F8_E4M3" and weight.kind not in (Kind.VECTOR, Kind.EMBEDDING):
         form = "bf16"  # that is what it stands for; see `formats.fp8`
+    elif tensor.dtype == "U8":
+        scales = checkpoint[mxfp4.scales_name(name)]
+        title = f"{tensor.file}: tensor {tensor.title} with {scales.title}"
+        form, shape = "mxfp4", mxfp4.shape(title, shape, scales.shape, (tensor.dtype, scales.dtype))
     elif int8.is_stored(name, checkpoint.tensors):
         form = "int8"
         int8.from_tensors(name, checkpoint.array, checkpoint.tensors)
     if not form:
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.title} is {tensor.dtype}; "
-            f"expected one of {', '.join(STORED)}, NF4, FP4, fp8 or int8"
+            f"expected one of {', '.join(STORED)}, NF4, FP4, MXFP4, fp8 or int8"
         )
     if weight.unit_rows and form not in STORED.values():
         raise CheckpointError(
@@ -178,6 +187,7 @@ def _scaled(checkpoint: Checkpoint, weight: Weight) -> fp8.Layout | None:
 
 def _nothing_left_over(checkpoint: Checkpoint, model: Model, declared: set[str]) -> None:
     parts = {part for name in declared for part in (*nf4.part_names(name), int8.scale_name(name))}
+    parts |= {mxfp4.scales_name(name) for name in declared}
     parts |= {part for name in declared if checkpoint[name].dtype == "F8_E4M3" for part in fp8.part_names(name)}
     unknown = [
         name

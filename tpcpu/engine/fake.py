@@ -13,6 +13,7 @@ import numpy as np
 from tpcpu.engine.binding import FORMATS, FORMS, HEAD_FORMATS
 from tpcpu.engine.progress import Progress
 from tpcpu.errors import UsageError
+from tpcpu.formats import mxfp4
 from tpcpu.kernels import fill
 from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import prepare
@@ -50,7 +51,11 @@ class FakeWeights:
         if lm_head not in (None, *HEAD_FORMATS):
             raise UsageError(f"--lm-head {lm_head} is unknown; the formats of the head are {', '.join(HEAD_FORMATS)}")
         matrices = format or "nf4"
-        self._storage = Storage(matrices=matrices, head=lm_head or (matrices if matrices in FLOAT_BYTES else "int8"))
+        self._storage = Storage(
+            matrices=matrices,
+            head=lm_head or (matrices if matrices in FLOAT_BYTES else "int8"),
+            experts=mxfp4.METHOD if mxfp4.is_announced(self._config) else "",
+        )
         self._program = program
         self._sizes = {
             weight.key: packed_bytes(len(weight.rows), len(weight.columns), self._form(weight))

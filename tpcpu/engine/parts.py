@@ -14,7 +14,7 @@ import numpy as np
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.checkpoint.header import NUMPY_DTYPES
 from tpcpu.engine.binding import Binding
-from tpcpu.formats import int8
+from tpcpu.formats import int8, mxfp4
 from tpcpu.parallel.partition import Range
 from tpcpu.program.operations import BLOCK, Kind, Weight
 
@@ -139,6 +139,11 @@ def _parts(binding: Binding, weights: Mapping[int, Weight], checkpoint: Checkpoi
         return dict([
             part("", np.int8, rows, columns, by(1)),
             part(scales, np.float32, rows, columns // BLOCK, by(BLOCK)),
+        ])  # fmt: skip
+    if binding.stored == "mxfp4":
+        return dict([
+            part("", np.uint8, rows, columns // 2, by(2)),
+            part(mxfp4.scales_name(""), np.uint8, rows, columns // mxfp4.BLOCK, by(mxfp4.BLOCK)),
         ])  # fmt: skip
     values = part("", NUMPY_DTYPES[checkpoint[name].dtype], rows, columns, by(1))
     if binding.scaled is None:

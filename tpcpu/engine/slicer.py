@@ -19,7 +19,7 @@ from tpcpu.engine.binding import Binding, float_dtype
 from tpcpu.engine.parts import GROUP, SCALES, Part
 from tpcpu.engine.supply import Supply
 from tpcpu.errors import CheckpointError
-from tpcpu.formats import floats, fp8, int8, nf4
+from tpcpu.formats import floats, fp8, int8, mxfp4, nf4
 from tpcpu.formats.tables import DYNAMIC_MAP, NEAREST_CODE
 from tpcpu.kernels import quantize as kernels
 from tpcpu.kernels import record as R
@@ -74,6 +74,8 @@ class Slicer:
             scale = int8.scale_name("")
             self._refuse_not_finite(parts[scale].name, stored[scale])
             return Source(R.INT8, stored[""], stored[scale], mapped=mapped)
+        if binding.stored == "mxfp4":
+            return self._stored_mxfp4(binding, parts, stored)
         if binding.held == "int8":
             return self._new_int8(binding, parts[""], stored[""], decode)
         if binding.scaled is not None:
@@ -138,6 +140,23 @@ class Slicer:
             groups = nf4.in_blocks_of_64(state, groups)[used.start : used.stop]
         code, offset = stored[".nested_quant_map"].reshape(-1), float(np.float32(state.offset))
         return Source(R.NF4, codes, scales, np.array(groups), used.start, code, offset, mapped, state.kind)
+
+    def _stored_mxfp4(self, binding: Binding, parts: Mapping[str, Part], stored: Mapping[str, NDArray[Any]]) -> Source:
+        """Codes with the first of two values in the high half, as those of all 4-bit formats are packed."""
+        local, scales = stored[""], stored[mxfp4.scales_name("")]
+        if scales.max(initial=0) > mxfp4.LARGEST:
+            raise self._not_finite(parts[mxfp4.scales_name("")].name)
+        if binding.held != "mxfp4":
+            return self._floats(binding, floats.convert(mxfp4.dequantize(local, scales), "bfloat16"), False)
+        codes = np.empty(local.shape, np.uint8)
+
+        def work(first: int, last: int) -> None:
+            codes[first:last] = mxfp4.high_first(local[first:last])
+            self._use_up(parts[""], binding, local, first, last)
+
+        if local.size:
+            self._in_pieces(local, work)
+        return Source(R.MXFP4, codes, scales, codebook="mxfp4")
 
     def _groups(self, binding: Binding) -> Range:
         """The groups of scales that this rank's rows use."""
@@ -290,7 +309,7 @@ class Slicer:
 
     def _not_finite(self, name: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._checkpoint[name].file}: tensor {name} holds NaN or infinity; "
+            f"{self._checkpoint[name].file}: tensor {self._checkpoint[name].title} holds NaN or infinity; "
             f"weights must be finite, get the model anew"
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 from tpcpu import models
 from tpcpu.checkpoint import Checkpoint, Planned, StoredTensor
 from tpcpu.errors import CheckpointError
-from tpcpu.formats import floats, fp8, int8, nf4
+from tpcpu.formats import floats, fp8, int8, mxfp4, nf4
 from tpcpu.parallel.partition import Share
 from tpcpu.program.operations import BLOCK, Kind
 from tpcpu.quantize.values import DTYPE_NAMES
@@ -46,6 +46,8 @@ def plan(checkpoint: Checkpoint, target: str) -> tuple[list[Treatment], tuple[st
     """
     method = checkpoint.config.get("quantization_config")
     method = method.get("quant_method", "an unnamed method") if isinstance(method, dict) else method
+    if method == mxfp4.METHOD:
+        raise CheckpointError(f"{checkpoint.path}: its experts have 4 bits already (mxfp4): it is served as it is")
     if method is not None and method not in fp8.METHODS:
         raise CheckpointError(f"{checkpoint.path}: is quantised already ({method}); start from the model as published")
     model = models.read_config(checkpoint.config)
