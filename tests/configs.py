@@ -20,6 +20,15 @@ _DEEPSEEK = {
     "use_cache": True, "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
 }  # fmt: skip
 
+_CHATGLM = {
+    "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_bias_linear": False, "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "ffn_hidden_size": 13696,
+    "fp32_residual_connection": False, "hidden_dropout": 0.0, "hidden_size": 4096, "kv_channels": 128,
+    "multi_query_attention": True, "multi_query_group_num": 2, "num_attention_heads": 32, "original_rope": True,
+    "post_layer_norm": True, "rmsnorm": True, "use_cache": True, "tie_word_embeddings": False,
+}  # fmt: skip
+
 PUBLISHED = {
     "yuan2-2b": _YUAN | {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
@@ -88,6 +97,34 @@ PUBLISHED = {
                 "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
             ],
         },
+    },
+    "chatglm3-6b": _CHATGLM | {
+        "_name_or_path": "THUDM/chatglm3-6b", "layernorm_epsilon": 1e-5, "num_layers": 28, "padded_vocab_size": 65024,
+        "seq_length": 32768, "torch_dtype": "float16", "eos_token_id": 2, "pad_token_id": 0,
+    },
+    "glm-4-9b": _CHATGLM | {
+        "_name_or_path": "THUDM/glm-4-9b-chat", "classifier_dropout": None, "layernorm_epsilon": 1.5625e-07,
+        "num_layers": 40, "num_hidden_layers": 40, "padded_vocab_size": 151552, "vocab_size": 151552, "rope_ratio": 500,
+        "seq_length": 131072, "torch_dtype": "bfloat16", "eos_token_id": [151329, 151336, 151338],
+        "pad_token_id": 151329,
+    },
+    "qwen-72b": {
+        "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "attn_dropout_prob": 0.1, "bf16": True,
+        "emb_dropout_prob": 0.1, "fp16": False, "fp32": False, "hidden_size": 8192, "initializer_range": 0.02,
+        "intermediate_size": 49152, "kv_channels": 128, "layer_norm_epsilon": 1e-05, "max_position_embeddings": 8192,
+        "no_bias": True, "num_attention_heads": 64, "num_hidden_layers": 80, "onnx_safe": None,
+        "padded_vocab_size": 152064, "params_dtype": "torch.bfloat16", "rope_theta": 1000000,
+        "rotary_emb_base": 1000000, "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 8192,
+        "softmax_in_fp32": False, "tie_word_embeddings": False, "tokenizer_type": "QWenTokenizer",
+        "torch_dtype": "bfloat16", "use_cache": True, "use_cache_kernel": False, "use_cache_quantization": False,
+        "use_dynamic_ntk": False, "use_flash_attn": False, "use_logn_attn": False, "vocab_size": 152064,
+    },
+    "baichuan2-13b": {
+        "model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "tokenizer_class": "BaichuanTokenizer",
+        "_from_model_config": True, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 13696,
+        "initializer_range": 0.02, "model_max_length": 4096, "num_attention_heads": 40, "num_hidden_layers": 40,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "gradient_checkpointing": [False], "z_loss_weight": 0, "torch_dtype": "bfloat16", "vocab_size": 125696,
     },
     "llama-1b": {
         "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_size": 2048,

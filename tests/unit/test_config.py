@@ -44,7 +44,8 @@ def test_the_bundled_models_are_read(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_shapes_are_read(name):
-    assert read_config(PUBLISHED[name]).config.num_hidden_layers == PUBLISHED[name]["num_hidden_layers"]
+    layers = PUBLISHED[name].get("num_hidden_layers") or PUBLISHED[name]["num_layers"]
+    assert read_config(PUBLISHED[name]).config.num_hidden_layers == layers
 
 
 def test_defaults_are_those_of_the_publishers():

@@ -27,11 +27,16 @@ def world(name, size):
         ("yuan2-2b", 2_088_724_480),
         ("yuan2-51b", 51_842_105_344),
         ("yuan2-102b", 102_577_954_816),
+        ("chatglm3-6b", 6_243_584_000),
+        ("glm-4-9b", 9_399_951_360),
+        ("qwen-72b", 72_287_920_128),
+        ("baichuan2-13b", 13_896_668_160),
         ("llama-1b", 1_104_218_112),
     ],
 )
 def test_parameters(name, count):
-    """The published 2.1, 51.8 and 102.6 billion, to the last one; the 1.10 billion of the common small Llama."""
+    """The published 2.1, 51.8 and 102.6 billion, to the last one; those of folders on Hugging Face; the 1.10 billion of
+    the common small Llama."""
     assert cost.parameters(*world(name, 1)) == count
 
 
