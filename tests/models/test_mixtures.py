@@ -14,21 +14,30 @@ from tpcpu.formats import nf4
 from tpcpu.parallel.partition import Share
 from tpcpu.quantize import quantize
 
-CONFIG = {
+QWEN = {
     "model_type": "qwen2_moe", "hidden_act": "silu", "vocab_size": 131, "hidden_size": 128, "intermediate_size": 192,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 9,
     "num_experts_per_tok": 3, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 192,
     "max_position_embeddings": 128, "torch_dtype": "float32",
 }  # fmt: skip
+YUAN = {
+    "model_type": "yuan", "hidden_act": "silu", "vocab_size": 131, "hidden_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "attention_projection_size": 256, "max_position_embeddings": 128, "use_moe": True,
+    "moe_config": {"moe_num_experts": 9, "moe_top_k": 3, "ffn_hidden_size": 128}, "torch_dtype": "float32",
+}  # fmt: skip
+"""Its router has three matrices, and an expert's gate and up are one tensor."""
+
+ROUTERS = {"qwen2_moe": ("1.mlp.gate", "0.mlp.shared_expert_gate"), "yuan": ("1.mlp.gate.query", "0.mlp.gate.value")}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+@pytest.fixture(scope="module", params=[QWEN, YUAN], ids=["qwen2_moe", "yuan"])
+def folders(request, tmp_path_factory):
     """A random model, and what `quantize` makes of it."""
-    plain = tmp_path_factory.mktemp("plain")
-    tiny = random_model(CONFIG)
+    config, plain = request.param, tmp_path_factory.mktemp("mixture") / "plain"
+    plain.mkdir()
+    tiny = random_model(config)
     save_file(tiny.tensors, plain / "model.safetensors")
-    (plain / "config.json").write_text(json.dumps(CONFIG))
+    (plain / "config.json").write_text(json.dumps(config))
     quantize(plain, plain.with_name("nf4"), "nf4")
     return tiny, plain, plain.with_name("nf4")
 
@@ -39,7 +48,7 @@ def test_experts_are_quantised_and_routers_are_not(folders):
         for weight in tiny.model.program(Share()).weights:
             assert nf4.is_stored(weight.name, checkpoint.tensors) == weight.kind.multiplies
         skipped = checkpoint.config["quantization_config"]["llm_int8_skip_modules"]
-        assert {"lm_head", "model.layers.1.mlp.gate", "model.layers.0.mlp.shared_expert_gate"} <= set(skipped)
+        assert {"lm_head", *(f"model.layers.{name}" for name in ROUTERS[tiny.model.model_type])} <= set(skipped)
         found = describe(checkpoint)
     assert found.unsupported == []
     assert found.not_quantized == {}
