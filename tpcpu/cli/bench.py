@@ -143,9 +143,10 @@ def _measure(args: argparse.Namespace) -> int:
     given = ("chunk_tokens", "page_tokens", "cache_tokens", "speculate")
     chosen = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.batch > 1:
-        # As much as all of them need; what a default leaves out of account is how many there are.
+        # As much as all of them need, and the page that each is left to grow when another is let in; what a default
+        # leaves out of account is how many there are.
         page = args.page_tokens or DEFAULT_PAGE_TOKENS
-        needed = -(-(max(args.prompt_tokens) + args.new_tokens) // page) * page
+        needed = (-(-(max(args.prompt_tokens) + args.new_tokens + 1) // page) + 1) * page
         chosen.setdefault("cache_tokens", max(args.batch * needed, args.context or 0))
     options = Options(
         args.format, args.lm_head, args.exact, args.context, args.threads, kv_cache=args.kv_cache, wire=args.wire,
