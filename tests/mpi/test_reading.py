@@ -229,7 +229,7 @@ def test_regions_are_those_of_the_mapped_file(
 @pytest.mark.parametrize("name", ["llama-tiny", *STORED])
 def test_extents_are_long_and_lie_apart(communicator: Communicator, written: Path, name: str) -> None:
     with Checkpoint.open(folder_of(name, written)) as checkpoint:
-        plan = Plan(declared(checkpoint, communicator), checkpoint.place, communicator.size)
+        plan = Plan(declared(checkpoint, communicator), checkpoint.place, communicator.size, checkpoint.neighbours)
         for file in checkpoint.files:
             runs = sorted((extent.offset, extent.end) for extent in plan.extents if extent.file == file)
             assert all(end <= start for (_, end), (start, _) in pairwise(runs))

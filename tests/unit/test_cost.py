@@ -56,6 +56,19 @@ def test_parameters_of_a_mixture(name, count, of_token):
     assert cost.parameters_of_token(program) == of_token
 
 
+def test_experts_in_a_format_of_their_own():
+    """17 bytes for 32 weights of mxfp4; other matrices, the head and the router are what they would be without."""
+    (program,) = world("gpt-oss-20b", 1)
+    storage = Storage(experts="mxfp4")
+    held = {weight: storage.of(weight) for weight in program.weights}
+    assert {form for weight, form in held.items() if weight.kind is Kind.EXPERT} == {"mxfp4"}
+    assert {held[weight] for weight in program.weights if weight.kind is Kind.MATRIX} == {"nf4"}
+    experts = sum(weight_bytes(weight, form) for weight, form in held.items() if weight.kind is Kind.EXPERT)
+    assert experts == 24 * 32 * 3 * 2880 * 2880 * 17 // 32
+    cut = Weight("w", Kind.EXPERT, (64, 96), Range(0, 64), Range(0, 96))
+    assert storage.of(cut) == "bf16"
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_mixture_reads_the_chosen_experts_only(size):
     """Eight of 128 are read, all are kept, the router in the floats that it has; each rank has some of every one."""

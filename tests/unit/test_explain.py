@@ -50,6 +50,17 @@ def test_experts_are_told(explained, config):
     assert "layers 0-2, all alike" in text
 
 
+def test_experts_in_a_format_of_their_own_are_told(explained, config):
+    kinds = ["sliding_attention", "full_attention"]
+    text = explained("--config", config("gpt-oss-20b", num_hidden_layers=2, layer_types=kinds)).out
+    assert "weights nf4, experts mxfp4, head int8" in text
+    gate, *_ = [line for line in text.splitlines() if "mlp.experts.0-31" in line]
+    assert "gate_proj + bias" in gate
+    assert gate.split()[-3:] == ["mxfp4", "17.6", "MB"]
+    attention = next(line for line in text.splitlines() if "self_attn.sinks" in line)
+    assert "the last 128 of them" in attention
+
+
 def test_a_router_that_attends_is_told(explained, config):
     text = explained("--config", config("yuan2-m32", num_hidden_layers=2)).out
     assert "each of 32 experts attends to all" in text

@@ -33,3 +33,13 @@ def test_weights_of_one_tensor_share_what_is_read_of_it(placed: bool) -> None:
     if placed:
         assert len(plan.extents) > 2
         assert min(extent.nbytes for extent in plan.extents) >= LEAST_BYTES
+
+
+def test_what_lies_between_one_another_is_read_by_one_rank() -> None:
+    """Rows of gates and of ups alternate in one tensor: two ranks, on two hosts perhaps, read all of it."""
+    names = [f"{expert}.{part}" for expert in range(6) for part in ("gate", "up")]
+    parts = [Part(name, np.dtype(np.uint8), 8, 64, {}) for name in names]
+    plan = Plan(parts, lambda _: None, 3, lambda name: name.partition(".")[0])
+    readers = [plan.segments(part)[0].reader for part in parts]
+    assert readers[::2] == readers[1::2]
+    assert set(readers) == {0, 1, 2}

@@ -79,6 +79,9 @@ def test_places(tmp_path):
             content = place[0].read_bytes()[place[1] :][: values.nbytes]
             assert content == values.tobytes()
     assert checkpoint.is_mapped("m.down.weight")
+    one, two = (checkpoint.neighbours(f"m.experts.1.{part}.weight") for part in ("one", "two"))
+    assert one == two != checkpoint.neighbours("m.experts.2.two.weight")
+    assert checkpoint.neighbours("m.down.weight") == "m.down.weight"
 
 
 def test_advice_stays_inside_the_expert(tmp_path):

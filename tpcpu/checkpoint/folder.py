@@ -145,6 +145,11 @@ class Checkpoint:
         offset = self._owners[self[name].name].offset(self.tensors[name])
         return None if offset is None else (self.tensors[name].file, offset)
 
+    def neighbours(self, name: str) -> str:
+        """The same for all tensors that lie between one another in their file; of most its own name."""
+        owner, tensor = self._owners[self[name].name], self.tensors[name]
+        return owner.neighbours(tensor) if isinstance(owner, StackedTensor) else name
+
     def expect_scattered_reads(self, scattered: bool) -> None:
         """Whether little is read through `array`, here and there: the system then reads nothing around it."""
         for name, tensor in self.tensors.items():

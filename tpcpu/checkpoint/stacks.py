@@ -86,6 +86,10 @@ class StackedTensor:
         """Whether `array` is a row of pages of the file; else whoever reads rows in order copies them."""
         return tensor.name in self._places and self._is_together and self._owner.is_mapped(self._tensor)
 
+    def neighbours(self, tensor: StoredTensor) -> str:
+        """The same for all parts whose values lie between one another: what is read of one is read of all."""
+        return f"{self._tensor.name} {self._places[tensor.name][0]}"
+
     def offset(self, tensor: StoredTensor) -> int | None:
         """Where in the file the part begins, if its values follow one another there."""
         start = self._owner.offset(self._tensor) if self._is_together else None

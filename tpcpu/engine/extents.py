@@ -21,6 +21,9 @@ _SKIPPED_BYTES = 64 << 10
 Place = Callable[[str], tuple[Path, int] | None]
 """The file of a tensor and where in it the tensor begins; None where it has to be read as a whole by other means."""
 
+Neighbours = Callable[[str], str]
+"""The same for all tensors that are read as a whole and that lie between one another: one rank reads them."""
+
 
 @dataclass(eq=False)
 class Extent:
@@ -58,7 +61,7 @@ class Segment:
 class Plan:
     """The same on every rank: extents in the order of their first use, which the ranks read in turn."""
 
-    def __init__(self, parts: Sequence[Part], place: Place, size: int) -> None:
+    def __init__(self, parts: Sequence[Part], place: Place, size: int, neighbours: Neighbours = str) -> None:
         """`parts` in the order in which they will be used, each once; those of one tensor share what is read of it."""
         self.extents: list[Extent] = []
         # By identity: several weights may be parts of one tensor.
@@ -88,10 +91,14 @@ class Plan:
             for same in self._of[id(first)]:
                 self._append(same.extent, part, same.rows, same.at)
         # All ranks go through the parts together. As they read in turn, all of them read all the time.
+        readers: dict[str, int] = {}
         for part in parts:
             for segment in self._of[id(part)]:
                 if segment.extent.reader < 0:
-                    segment.extent.reader = len(self.extents) % size
+                    turn = len(self.extents) % size
+                    if segment.extent.file is None:
+                        turn = readers.setdefault(neighbours(part.name), turn)
+                    segment.extent.reader = turn
                     self.extents.append(segment.extent)
 
     def segments(self, part: Part) -> list[Segment]:

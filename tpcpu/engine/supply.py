@@ -113,7 +113,7 @@ class Shared(Supply):
     ) -> None:
         """`parts` in the order in which all ranks will fetch them, each once; `cpus`: for the threads that read."""
         self._checkpoint, self._communicator = checkpoint, communicator
-        self._plan = Plan(parts, checkpoint.place, communicator.size)
+        self._plan = Plan(parts, checkpoint.place, communicator.size, checkpoint.neighbours)
         self._reader = RunReader()
         self._unread = deque(extent for extent in self._plan.extents if extent.reader == communicator.rank)
         self._left = {extent: len(extent.segments) for extent in self._unread}
