@@ -49,6 +49,21 @@ def test_a_norm_is_rounded_for_the_experts_behind_a_router_in_floats():
     assert (found[3].waits, found[3].inner_waits) == (True, 2)
 
 
+def test_a_router_that_attends_is_no_hindrance():
+    """Each thread has some of the scores: one more wait, and the experts read the norm's copy all the same."""
+    p = Builder(Share())
+    n = p.rms_norm(p.embed("embed", 9, 64), "norm", 1e-5)
+    router = {name: p.matrix(name, (5, 64), kind=Kind.ROUTER) for name in ("query", "key", "value")}
+    scores = p.expert_attention(*p.linear(n, **router))
+    experts = [p.expert((f"{i}.gate", f"{i}.up", f"{i}.down"), 64, Range(0, 64), 64) for i in range(5)]
+    p.logits(p.experts(n, scores, 2, experts, Range(0, 64), 64, normalised=True), "embed", 9)
+    made = p.finish()
+    found = stages(made, {id(operation) for operation in made.operations if isinstance(operation, Experts)})
+    assert [stage.rounded for stage in found] == [False, True, False, False, False, False]
+    assert [stage.waits for stage in found[2:5]] == [False, True, True]
+    assert found[4].from_copy
+
+
 def test_floats_are_not_rounded():
     made = program(lambda p, x: block(p, x, "a")[2])
     assert (Add, RmsNorm, False) in kinds(made, integer=False)
