@@ -128,7 +128,9 @@ def test_words_and_merges_are_those_of_tiktoken(tmp_path: Path, text: str) -> No
         (tiktoken_lines(SMALL) + b"YWJ 300\n", "line 266"),
         (tiktoken_lines(SMALL) + b"YWJj 300\n", "line 266: token b'abc'"),
         (tiktoken_lines(SMALL) + b"YWJjZA== 0\n", "its rank 0"),
-        (tiktoken_lines({token: rank for token, rank in SMALL.items() if rank != 7}), "0x07"),
+        (tiktoken_lines({token: rank for token, rank in SMALL.items() if rank != 262}), "no token of rank 262"),
+        (tiktoken_lines(SMALL | {b"abcd": 10**12}), "no token of rank 265"),
+        (tiktoken_lines({token: rank - (rank > 7) for token, rank in SMALL.items() if rank != 7}), "the byte 0x07"),
     ],
 )
 def test_a_damaged_tiktoken_file(tmp_path: Path, content: bytes, message: str) -> None:

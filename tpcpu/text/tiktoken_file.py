@@ -79,10 +79,13 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             raise TextError(
                 f"{path}: line {number} is {line[:60]!r}; expected a token in base64 and its rank"
             ) from None
-        if token in ranks or rank_number in seen or rank_number >= 2**31:
+        if token in ranks or rank_number in seen:
             raise TextError(f"{path}: line {number}: token {token!r} or its rank {rank_number} stands there before")
         ranks[token] = rank_number
         seen.add(rank_number)
+    gap = next((rank for rank in range(len(seen)) if rank not in seen), None)
+    if gap is not None:
+        raise TextError(f"{path}: has no token of rank {gap}, but of {max(seen)}; expected ranks without a gap")
     return ranks
 
 
