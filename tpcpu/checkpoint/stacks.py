@@ -76,11 +76,12 @@ class StackedTensor:
         return not self._stack.turned and len(self._stack.parts) == 1
 
     def array(self, tensor: StoredTensor) -> npt.NDArray[Any]:
-        """A part, as a view of its stack."""
+        """A part, as a view of its stack; as rows of bytes where its file gives those."""
         expert, first = self._places[tensor.name]
-        values: npt.NDArray[Any] = self._owner.array(self._tensor)[expert]
-        values = values.T if self._stack.turned else values
-        return values[first :: len(self._stack.parts)].reshape(tensor.shape)
+        whole, shape = self._owner.array(self._tensor), self._tensor.shape
+        values: npt.NDArray[Any] = whole.reshape(*shape[:2], -1)[expert]
+        values = (values.T if self._stack.turned else values)[first :: len(self._stack.parts)]
+        return values.reshape(tensor.shape) if whole.shape == shape else values
 
     def is_mapped(self, tensor: StoredTensor) -> bool:
         """Whether `array` is a row of pages of the file; else whoever reads rows in order copies them."""

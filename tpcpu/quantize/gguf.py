@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from tpcpu.checkpoint import Checkpoint, StoredTensor
+from tpcpu.checkpoint import Checkpoint, Stack, StoredTensor
 from tpcpu.checkpoint.gguf_file import GgufFile
 from tpcpu.errors import CheckpointError
 from tpcpu.formats import ggml
@@ -35,23 +35,31 @@ _NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+_STACKS = tuple(Stack(f"ffn_{name}_exps", (f"{name}_proj.weight",), 3) for name in ("gate", "up", "down"))
+"""Tensors that hold a matrix of every expert; they keep their names until they are taken apart."""
 _FREQUENCIES = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class _Family:
-    """`interleaved`: rows of q and k are stored in pairs, as rotary embeddings of neighbours want them."""
+    """`interleaved`: rows of q and k are stored in pairs, as rotary embeddings of neighbours want them.
+
+    `experts`: every layer is a mixture, whose weights are normalised.
+    """
 
     model_type: str
     architecture: str
     interleaved: bool = False
+    experts: bool = False
 
 
 _FAMILIES = {
     "llama": _Family("llama", "LlamaForCausalLM", interleaved=True),
     "qwen2": _Family("qwen2", "Qwen2ForCausalLM"),
     "qwen3": _Family("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": _Family("qwen3_moe", "Qwen3MoeForCausalLM", experts=True),
 }
 """By GGUF's names of architectures."""
 
@@ -77,6 +85,7 @@ class GgufCheckpoint(Checkpoint):
             file.rename({tensor.name: _renamed(tensor) for tensor in file.tensors})
         self = cls()
         self._take(opened, {})
+        self.take_apart(_STACKS)
         self.path, self.metadata, self._family = opened[0].path, metadata, _FAMILIES[name]
         self.config, self.generation_config = _config(self, name), {}
         self.tensors = {key: tensor for key, tensor in self.tensors.items() if key != _FREQUENCIES}
@@ -111,6 +120,8 @@ def _all_files(path: Path) -> list[Path]:
 
 def _renamed(tensor: StoredTensor) -> str:
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+    if found is not None and found[1] is not None and any(found[2] == stack.stored for stack in _STACKS):
+        return f"model.layers.{found[1]}.mlp.experts.{found[2]}"
     name = None if found is None else _NAMES.get(found[2])
     if tensor.name == _FREQUENCIES:
         return _FREQUENCIES
@@ -138,7 +149,9 @@ def _config(checkpoint: GgufCheckpoint, name: str) -> dict[str, Any]:
         if value not in harmless:
             raise CheckpointError(f"{path}: {name}.{key} is {value!r:.80}, which is not read from GGUF files")
 
-    refuse("expert_count", 0)
+    if not checkpoint._family.experts:
+        refuse("expert_count", 0)
+    refuse("expert_weights_scale", 1.0, 0.0)
     refuse("rope.scaling.attn_factor", 1.0)
     refuse("attention.causal", True)
     refuse("logit_scale", 1.0, 0.0)
@@ -174,6 +187,13 @@ def _config(checkpoint: GgufCheckpoint, name: str) -> dict[str, Any]:
         "tie_word_embeddings": "lm_head.weight" not in checkpoint.tensors,
         "torch_dtype": "bfloat16",
     }
+    if family.experts:
+        config |= {
+            "num_experts": get("expert_count", int),
+            "num_experts_per_tok": get("expert_used_count", int),
+            "moe_intermediate_size": get("expert_feed_forward_length", int),
+            "norm_topk_prob": True,
+        }
     if family.model_type == "mistral":
         config["sliding_window"] = window
     if family.model_type == "llama":
