@@ -146,7 +146,7 @@ def _stored(checkpoint: Checkpoint, weight: Weight) -> tuple[str, nf4.State | No
         form, shape = "nf4", state.shape
     elif tensor.dtype == "F8_E4M3" and weight.kind not in (Kind.VECTOR, Kind.EMBEDDING):
         form = "bf16"  # that is what it stands for; see `formats.fp8`
-    elif tensor.dtype == "U8":
+    elif tensor.dtype == "U8" and (tensor.inside or mxfp4.is_stored(name, checkpoint.tensors)):
         scales = checkpoint[mxfp4.scales_name(name)]
         title = f"{tensor.file}: tensor {tensor.title} with {scales.title}"
         form, shape = "mxfp4", mxfp4.shape(title, shape, scales.shape, (tensor.dtype, scales.dtype))
