@@ -39,6 +39,12 @@ _NAMES = {
 }
 _STACKS = tuple(Stack(f"ffn_{name}_exps", (f"{name}_proj.weight",), 3) for name in ("gate", "up", "down"))
 """Tensors that hold a matrix of every expert; they keep their names until they are taken apart."""
+_GEMMA_NAMES = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""Where Gemma's differ: norms before and after."""
 _FREQUENCIES = "rope_freqs.weight"
 
 
@@ -46,13 +52,19 @@ _FREQUENCIES = "rope_freqs.weight"
 class _Family:
     """`interleaved`: rows of q and k are stored in pairs, as rotary embeddings of neighbours want them.
 
-    `experts`: every layer is a mixture, whose weights are normalised.
+    `experts`: every layer is a mixture, whose weights are normalised. `gemma`: some layers have windows, and norms are
+    stored with the 1 that is added to their weights.
     """
 
     model_type: str
     architecture: str
     interleaved: bool = False
     experts: bool = False
+    gemma: bool = False
+
+    def name_of(self, stored: str) -> str | None:
+        """Hugging Face's name of a module."""
+        return (_GEMMA_NAMES.get(stored) if self.gemma else None) or _NAMES.get(stored)
 
 
 _FAMILIES = {
@@ -60,6 +72,8 @@ _FAMILIES = {
     "qwen2": _Family("qwen2", "Qwen2ForCausalLM"),
     "qwen3": _Family("qwen3", "Qwen3ForCausalLM"),
     "qwen3moe": _Family("qwen3_moe", "Qwen3MoeForCausalLM", experts=True),
+    "gemma2": _Family("gemma2", "Gemma2ForCausalLM", gemma=True),
+    "gemma3": _Family("gemma3_text", "Gemma3ForCausalLM", gemma=True),
 }
 """By GGUF's names of architectures."""
 
@@ -82,7 +96,7 @@ class GgufCheckpoint(Checkpoint):
         if metadata.get("general.type", "model") != "model":
             raise CheckpointError(f"{path}: general.type is {metadata['general.type']!r:.80}, expected a model")
         for file in opened:
-            file.rename({tensor.name: _renamed(tensor) for tensor in file.tensors})
+            file.rename({tensor.name: _renamed(tensor, _FAMILIES[name]) for tensor in file.tensors})
         self = cls()
         self._take(opened, {})
         self.take_apart(_STACKS)
@@ -92,6 +106,10 @@ class GgufCheckpoint(Checkpoint):
         return self
 
     _family: _Family
+
+    def added(self, name: str) -> float:
+        """What the file's values of a tensor have more than the model's."""
+        return 1.0 if self._family.gemma and name.endswith("norm.weight") else 0.0
 
     def order(self, name: str) -> npt.NDArray[np.int64] | None:
         """Which row of the file each row of the tensor is; None where they are as they stand."""
@@ -118,11 +136,11 @@ def _all_files(path: Path) -> list[Path]:
     return files
 
 
-def _renamed(tensor: StoredTensor) -> str:
+def _renamed(tensor: StoredTensor, family: _Family) -> str:
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
     if found is not None and found[1] is not None and any(found[2] == stack.stored for stack in _STACKS):
         return f"model.layers.{found[1]}.mlp.experts.{found[2]}"
-    name = None if found is None else _NAMES.get(found[2])
+    name = None if found is None else family.name_of(found[2])
     if tensor.name == _FREQUENCIES:
         return _FREQUENCIES
     if found is None or name is None:
@@ -165,7 +183,7 @@ def _config(checkpoint: GgufCheckpoint, name: str) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {name}.{key} is {size}, but heads have {head_dim} features")
     window = get("attention.sliding_window", int, 0)
     family, context = checkpoint._family, get("context_length", int)
-    if 0 < window < context:
+    if 0 < window < context and not family.gemma:
         if name != "llama":
             refuse("attention.sliding_window", 0)
         family = _Family("mistral", "MistralForCausalLM")
@@ -198,6 +216,24 @@ def _config(checkpoint: GgufCheckpoint, name: str) -> dict[str, Any]:
         config["sliding_window"] = window
     if family.model_type == "llama":
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in checkpoint.tensors
+    if family.gemma:
+        del config["hidden_act"]
+        # Queries of the largest ones, which files do not tell apart otherwise, are scaled by other than their heads.
+        largest = config["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[name]
+        config |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": get("attention.sliding_window", int),
+            "query_pre_attn_scalar": hidden // heads if largest else head_dim,
+        }
+        refuse("attention.sliding_window_pattern", {"gemma2": 2, "gemma3": 6}[name])
+    if name == "gemma2":
+        config["attn_logit_softcapping"] = get("attn_logit_softcapping", float, 50.0)
+        config["final_logit_softcapping"] = get("final_logit_softcapping", float, 30.0)
+    if name == "gemma3":
+        refuse("attn_logit_softcapping", 0.0)
+        refuse("final_logit_softcapping", 0.0)
+        config["rope_local_base_freq"] = get("rope.freq_base_swa", float, 10000.0)
+        config["rope_theta"] = get("rope.freq_base", float, 1e6)
     if (scaling := _rope_scaling(checkpoint, name, get, config)) is not None:
         config["rope_scaling"] = scaling
     for key in ("bos", "eos"):

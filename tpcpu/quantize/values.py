@@ -87,11 +87,13 @@ class _Ggml(Values):
         super().__init__(checkpoint, tensor, max(PIECE // self._columns, 1) * self._columns)
         self.dtype = "float32"
         self._rows, self._order = checkpoint.array(tensor.name), checkpoint.order(tensor.name)
+        self._added = np.float32(checkpoint.added(tensor.name))
 
     def piece(self, start: int) -> Array:
         piece = slice(start // self._columns, (start + self.step) // self._columns)
         rows = self._rows[piece] if self._order is None else self._rows[self._order[piece]]
-        return ggml.dequantize(self.tensor.dtype, rows).reshape(-1)
+        values = ggml.dequantize(self.tensor.dtype, rows).reshape(-1)
+        return values - self._added if self._added else values
 
 
 def values_of(checkpoint: Checkpoint, tensor: StoredTensor) -> Values:
