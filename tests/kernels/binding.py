@@ -24,7 +24,8 @@ from tpcpu.program.builder import Builder
 from tpcpu.program.compiled import Compiled
 from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.operations import BLOCK, Buffer, Key, Kind, Program, Weight
-from tpcpu.program.reference import MatrixValues, Reference
+from tpcpu.program.formulas import MatrixValues
+from tpcpu.program.reference import Reference
 from tpcpu.program.weights import Packed, Packer, Source, Table, Vector, packed_bytes, packing_kernels, padded
 
 QUANTISED = {"nf4": R.NF4, "nf4-single": R.NF4_SINGLE, "int8": R.INT8, "mxfp4": R.MXFP4}

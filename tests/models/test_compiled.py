@@ -15,7 +15,7 @@ from tpcpu.parallel.communicator import Solo
 from tpcpu.parallel.partition import Share
 from tpcpu.program.batch import Batch
 from tpcpu.program.operations import Kind
-from tpcpu.program.reference import MatrixValues
+from tpcpu.program.formulas import MatrixValues
 from tpcpu.quantize import quantize
 
 MODELS = ("yuan-tiny", "llama-tiny", "stories260k")
