@@ -25,6 +25,7 @@ from tpcpu.program.operations import Route
 SIZES = {
     "hidden_size": 192, "intermediate_size": 192, "ffn_hidden_size": 192, "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128, "head_dim": 32, "kv_channels": 32, "attention_projection_size": 384,
+    "q_lora_rank": 64, "kv_lora_rank": 128, "v_head_dim": 32,
 }  # fmt: skip
 HERE = [
     name for name, family in FAMILIES.items() if (name == "llama" or not name.startswith("llama")) and not family.mxfp4
@@ -47,7 +48,7 @@ ALIKE = 0.6
 
 def aligned(config: dict[str, Any]) -> dict[str, Any]:
     """The config in other sizes."""
-    made = {key: SIZES.get(key, value) for key, value in config.items()}
+    made = {key: value if value is None else SIZES.get(key, value) for key, value in config.items()}
     made |= {key: aligned(value) for key, value in made.items() if isinstance(value, dict)}
     # Twice as wide heads have twice as many pairs; the first Qwen says twice what its gate has.
     made |= {key: value * 2 for key, value in made.items() if key in ("short_factor", "long_factor")}
