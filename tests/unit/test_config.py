@@ -1,6 +1,7 @@
 """Reading config.json: what is supported is read, what changes the mathematics is refused in one line."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,44 @@ def test_two_names_of_one_setting_of_qwen_agree():
     assert read_config(config | twice).config.rotary_emb_base == 1e6
     for key in ("rope_theta", "padded_vocab_size"):
         assert key in refused(config | twice | {key: 10000})
+
+
+V2, V3 = PUBLISHED["deepseek-v2-lite"], PUBLISHED["deepseek-v3"]
+
+
+def test_latent_attention():
+    """Rotated in neighbours; yarn scales the whole head, the rotated part too, which is divided by it again."""
+    config = read_config(V3).config
+    assert (config.rope.interleaved, config.rope.length, config.rope.dim) == (True, 1.0, 64)
+    assert config.scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert read_config(V3 | {"rope_scaling": None}).config.scale == 192**-0.5
+    assert not read_config(V3 | {"rope_interleave": False}).config.rope.interleaved
+    assert (config.groups, config.mixed[:4], config.shared_size) == ((8, 4, 2), (False, False, False, True), 2048)
+    assert read_config(V2 | {"moe_layer_freq": 2}).config.mixed == tuple(n >= 1 and n % 2 == 0 for n in range(27))
+    assert read_config(V2 | {"n_shared_experts": None}).config.shared_size == 0
+
+
+def test_layers_that_guess_further_tokens_are_left_out():
+    model = read_config(V3)
+    guessing = ("embed_tokens.weight", "mlp.experts.7.up_proj.weight_scale_inv", "shared_head.head.weight")
+    assert all(model.is_optional(f"model.layers.61.{name}") for name in guessing)
+    assert not any(model.is_optional(f"model.layers.{layer}.eh_proj.weight") for layer in (6, 60, 62, 610))
+    assert not read_config(V3 | {"num_nextn_predict_layers": 0}).is_optional("model.layers.61.eh_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "value"),
+    [
+        (V2, "topk_method", "noaux_tc"), (V2, "scoring_func", "sigmoid"), (V2, "norm_topk_prob", True),
+        (V2, "mlp_bias", True), (V2, "rope_interleave", True), (V2, "num_key_value_heads", 4),
+        (V3, "topk_method", "greedy"), (V3, "scoring_func", "softmax"), (V3, "n_group", 7), (V3, "topk_group", 9),
+        (V3, "num_experts_per_tok", 200), (V3, "kv_lora_rank", None), (V3, "qk_rope_head_dim", 63),
+        (V3, "head_dim", 128), (V3, "hidden_act", "gelu"), (V3, "rope_scaling", {"type": "longrope", "factor": 2.0}),
+        (V3, "rope_scaling", V3["rope_scaling"] | {"mscale_all_dim": "1"}),
+    ],
+)  # fmt: skip
+def test_variants_of_deepseek_are_refused(base, key, value):
+    assert key in refused(base | {key: value})
 
 
 MIXTURE = {"moe_num_experts": 32, "moe_top_k": 2, "ffn_hidden_size": 256}

@@ -46,11 +46,13 @@ def test_parameters(name, count):
         ("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704),
         ("yuan2-m32", 39_942_842_368, 3_704_055_808),
         ("gpt-oss-20b", 20_914_757_184, 3_608_307_264 + 201088 * 2880),
+        ("deepseek-v2-lite", 15_706_484_224, 2_661_150_208),
+        ("deepseek-v3", 671_026_419_200, 37_552_297_472),
     ],
 )
 def test_parameters_of_a_mixture(name, count, of_token):
-    """The published 30.5, 40 and 20.9 billion, of which 3.3, 3.7 and 3.6, without the embedding, are needed for a
-    token."""
+    """The published 30.5, 40, 20.9, 15.7 and 671 billion, of which 3.3, 3.7, 3.6, without the embedding, 2.4, without
+    embedding and head, and 37 are needed for a token."""
     (program,) = world(name, 1)
     assert cost.parameters(program) == count
     assert cost.parameters_of_token(program) == of_token
@@ -67,6 +69,42 @@ def test_experts_in_a_format_of_their_own():
     assert experts == 24 * 32 * 3 * 2880 * 2880 * 17 // 32
     cut = Weight("w", Kind.EXPERT, (64, 96), Range(0, 64), Range(0, 96))
     assert storage.of(cut) == "bf16"
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_deepseek_v3_on_several_ranks(size):
+    """Counted by hand: 61 layers, 58 of them with 256 experts of which 8 are read; what makes queries and latent
+    vectors narrow, and routers, on every rank; a head in 8 bits; 576 features of a token and layer in the cache."""
+    hidden, narrow, rank, heads, expert = 7168, 1536, 512, 128, 3 * 7168 * 2048
+    on_all = 61 * (narrow + rank + 64) * hidden
+    up, down = heads * 192 * narrow + heads * 256 * rank, hidden * heads * 128
+    divided = 61 * (up + down) + 3 * 3 * hidden * 18432 + 58 * expert
+    routers, head = 58 * 256 * hidden * 2, 129280 * hidden * (1 + 4 / 64)
+    nf4 = 0.5 + 1 / 64
+    storage, model = Storage(), read_config(PUBLISHED["deepseek-v3"])
+    program = model.program(Share(1, size))
+    held = memory(program, storage, 1000)
+    experts = 58 * expert / size
+    assert held.weights == pytest.approx(
+        nf4 * (on_all + divided / size + 256 * experts) + routers + head / size, rel=3e-3
+    ), "group scales are the rest"
+    spent = cost.total(costs(program, storage))
+    assert spent.weight_bytes == pytest.approx(
+        nf4 * (on_all + divided / size + 8 * experts) + routers + head / size, rel=3e-3
+    )
+    assert held.cache == 1000 * spent.cache_bytes == 1000 * 61 * 576 * 2
+    assert spent.cache_bytes_per_position == spent.cache_bytes
+    assert spent.messages == 2 * 61
+    gigabytes = {4: (87.1, 5.41), 8: (43.9, 3.05), 16: (22.3, 1.87)}[size]
+    assert [round(held.weights / 1e9, 1), round(spent.weight_bytes / 1e9, 2)] == list(gigabytes)
+
+
+def test_values_in_keys_are_kept_once():
+    """Formats of the cache; rows that are no multiple of 16 are filled up."""
+    config = PUBLISHED["deepseek-v2-lite"] | {"num_hidden_layers": 1, "kv_lora_rank": 40}
+    program = read_config(config).program(Share())
+    for name, nbytes in (("bf16", 2 * 112), ("int8", 112 + 4), ("float32", 4 * 112)):
+        assert memory(program, Storage(cache=name), 64).cache == 64 * nbytes
 
 
 @pytest.mark.parametrize("size", [1, 3])

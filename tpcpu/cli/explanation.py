@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,27 @@ def explain(args: argparse.Namespace) -> int:
     context = args.context or min(limit, DEFAULT_CONTEXT)
     if context > limit:
         raise UsageError(f"--context {context}: the model's positions end at {limit}; 1 to {limit} work")
-    programs = [model.program(Share(rank, args.ranks)) for rank in range(args.ranks)]
-
-    out = Output(args.json)
-    for line in _text(model, programs, args, storage, context):
-        out.line(line)
-    if args.json:
-        out.result(_json(model, programs, args, storage, context))
+    with _nothing_collected():
+        programs = [model.program(Share(rank, args.ranks)) for rank in range(args.ranks)]
+        out = Output(args.json)
+        for line in _text(model, programs, args, storage, context):
+            out.line(line)
+        if args.json:
+            out.result(_json(model, programs, args, storage, context))
     return 0
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Programs are some hundred thousand records for every rank, all of them needed: to look for garbage among them
+    again and again takes longer than everything else."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _config(args: argparse.Namespace) -> dict[str, Any]:

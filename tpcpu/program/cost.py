@@ -296,11 +296,24 @@ def weight_bytes_per_token(programs: Sequence[Program], storage: Storage) -> int
     return sum(total(costs(program, storage)).weight_bytes for program in programs)
 
 
+def _alike(found: Iterable[Weight]) -> list[tuple[Weight, int]]:
+    """One of each sort of weights that differ in their names only, and how many there are: experts are many."""
+    counted: dict[tuple[int | tuple[int, ...], ...], tuple[Weight, int]] = {}
+    for weight in found:
+        rows, columns = weight.rows, weight.columns
+        key = (
+            id(weight.kind), weight.full_shape, rows.start, rows.stop, columns.start, columns.stop, weight.unit_rows
+        )  # fmt: skip
+        first, count = counted.get(key, (weight, 0))
+        counted[key] = first, count + 1
+    return list(counted.values())
+
+
 def bits_per_nf4_weight(programs: Sequence[Program], storage: Storage) -> float | None:
     """Mean over all NF4 weights that the ranks hold; None where nothing is NF4."""
-    held = [weight for program in programs for weight in program.weights if storage.of(weight) == "nf4"]
-    count = sum(weight.size for weight in held)
-    return 8 * sum(weight_bytes(weight, "nf4") for weight in held) / count if count else None
+    held = [each for program in programs for each in _alike(program.weights) if storage.of(each[0]) == "nf4"]
+    count = sum(number * weight.size for weight, number in held)
+    return 8 * sum(number * weight_bytes(weight, "nf4") for weight, number in held) / count if count else None
 
 
 @dataclass(frozen=True)
@@ -321,9 +334,11 @@ class Memory:
 
 def memory(program: Program, storage: Storage, context: int, sequences: int = 1, page_tokens: int = 64) -> Memory:
     """What one rank keeps for sequences of `context` positions. The embedding is kept once per host: see below."""
+    alike = _alike(program.weights)
+    packed = [(weight, count) for weight, count in alike if weight.kind.is_packed]
     return Memory(
-        weights=sum(weight_bytes(weight, storage.of(weight)) for weight in program.weights if weight.kind.is_packed),
-        vectors=sum(weight_bytes(weight, "float32") for weight in program.weights if weight.kind is Kind.VECTOR),
+        weights=sum(count * weight_bytes(weight, storage.of(weight)) for weight, count in packed),
+        vectors=sum(count * weight_bytes(each, "float32") for each, count in alike if each.kind is Kind.VECTOR),
         cache=sum(kv.rows * KV_FORMATS[storage.cache].page_bytes(kv, context) for kv in program.kv) * sequences,
         states=(RING + -(-context // page_tokens)) * 4 * sum(program.states) * sequences,
     )
