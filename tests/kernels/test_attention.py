@@ -149,6 +149,28 @@ def test_values_that_lie_in_keys(teams, variant, cache):
     check(*latent(**variant), teams, steps, cache=cache, context=at + 30, page_tokens=48)
 
 
+def test_values_in_keys_are_no_company(teams):
+    """A head's result is the same bits token by token, in few and in many, beside another sequence, in any pages."""
+    model, program = latent(10, 40, 12)
+    ids = np.arange(560) * 7 % VOCAB
+
+    def attend(team, sizes, page_tokens, beside=0):
+        bound = Bound(program, model.tensors, team, tokens=300, context=600, page_tokens=page_tokens)
+        got, at, step = [], 0, 0
+        while at < len(ids):
+            size = min(sizes[step % len(sizes)], len(ids) - at)
+            before = [(ids[step : step + 1], step, 1)] if beside else []
+            got.append(bound.run(*before, (ids[at : at + size], at, 0))[len(before) :])
+            at, step = at + size, step + 1
+        return np.concatenate(got)
+
+    wanted = attend(teams[0], [1], 64)
+    assert same_bits(attend(teams[2], [1], 16), wanted)
+    assert same_bits(attend(teams[1], [5, 1, 8], 48), wanted)
+    assert same_bits(attend(teams[2], [300], 256), wanted)
+    assert same_bits(attend(teams[1], [63, 9, 1, 70], 48, beside=1), wanted)
+
+
 @pytest.mark.parametrize("cache", ["float32", "bf16"])
 def test_keys_that_are_no_numbers(teams, cache):
     """Who sees one is none either, token by token as in a prompt; who comes before it is spared."""

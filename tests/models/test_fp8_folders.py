@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 import pytest
 
+from tests.configs import PUBLISHED
 from tests.models.test_compiled import running
-from tests.models.tiny import DATA
+from tests.models.tiny import DATA, random_model
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.cli.description import describe
 from tpcpu.engine.engine import Engine, Options
@@ -28,7 +29,22 @@ CHANNEL = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 
 def write(folder, section, change=lambda _: None):
     """llama-tiny with its projections in fp8: of 704 features, the last block is short. Returns what was stored."""
-    stored, block = load_file(MODEL / "model.safetensors"), section.get("weight_block_size", [None])[0]
+    stored = load_file(MODEL / "model.safetensors")
+    round_projections(stored, section)
+    if section is CHANNEL:
+        stored["model.layers.0.mlp.up_proj.input_scale"] = torch.ones(1)
+    change(stored)
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    shutil.copy(MODEL / "tokenizer.model", folder)
+    return stored
+
+
+def round_projections(stored, section):
+    """In place: to fp8, with scales as the section of the config says."""
+    block = section.get("weight_block_size", [None])[0]
     for name in [name for name in stored if "_proj" in name]:
         values, (rows, columns) = stored[name].float(), stored[name].shape
         if block is not None:
@@ -39,15 +55,6 @@ def write(folder, section, change=lambda _: None):
             scales = wide = values.abs().amax(1, keepdim=True) / 448
         stored[name] = (values / wide).to(torch.float8_e4m3fn)
         stored[f"{name.removesuffix('weight')}weight_scale{'_inv' if block else ''}"] = scales
-    if section is CHANNEL:
-        stored["model.layers.0.mlp.up_proj.input_scale"] = torch.ones(1)
-    change(stored)
-    folder.mkdir()
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((MODEL / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
-    shutil.copy(MODEL / "tokenizer.model", folder)
-    return stored
 
 
 def test_values_are_those_that_transformers_reads(tmp_path):
@@ -98,6 +105,67 @@ def test_served_as_the_bfloat16_weights_that_they_stand_for(tmp_path, section, f
         with running(folder, format=form, exact=True) as runner:
             logits.append(runner.logits(IDS, wanted=list(range(len(IDS)))))
     assert np.array_equal(*(each.view(np.uint32) for each in logits))
+
+
+DEEPSEEK = PUBLISHED["deepseek-v3"] | {
+    "vocab_size": 420, "hidden_size": 192, "intermediate_size": 320, "moe_intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 128,
+    "kv_lora_rank": 128, "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 80, "n_routed_experts": 8,
+    "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def write_deepseek(folder, change=lambda _: None):
+    """As DeepSeek-V3 is published: all projections in fp8, and a layer behind the last one that nobody reads."""
+    dtypes = {"e_score_correction_bias": torch.float32}
+    stored = {
+        name: torch.from_numpy(values).to(dtypes.get(name.rpartition(".")[2], torch.bfloat16))
+        for name, values in random_model(DEEPSEEK).tensors.items()
+    }
+    behind = {name.replace(".1.", ".2.", 1): values for name, values in stored.items() if "layers.1." in name}
+    stored |= behind | {"model.layers.2.eh_proj.weight": torch.ones(192, 384).bfloat16()}
+    round_projections(stored, BLOCK)
+    change(stored)
+    folder.mkdir()
+    save_file({name: values.clone() for name, values in stored.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(DEEPSEEK))
+    return stored
+
+
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_deepseek_v3_as_published(tmp_path, form):
+    stored = write_deepseek(tmp_path / "fp8")
+    quantize(tmp_path / "fp8", tmp_path / "bf16", "bf16")
+    logits = []
+    for folder in (tmp_path / "fp8", tmp_path / "bf16"):
+        with running(folder, format=form, exact=True) as runner:
+            logits.append(runner.logits(IDS[:8], wanted=list(range(8))))
+    assert np.array_equal(*(each.view(np.uint32) for each in logits))
+    with Checkpoint.open(tmp_path / "bf16") as checkpoint:
+        assert not any("layers.2." in name for name in checkpoint.tensors)
+    with Checkpoint.open(tmp_path / "fp8") as checkpoint:
+        found = describe(checkpoint)
+    assert not found.unsupported
+    assert found.not_needed == sorted(name for name in stored if "layers.2." in name and "scale_inv" not in name)
+
+
+KV_B = "model.layers.1.self_attn.kv_b_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored: stored.pop(f"{KV_B}_scale_inv"), rf"tensor {KV_B} is fp8; expected its scales"),
+        (lambda stored: stored.update({f"{KV_B}_scale_inv": torch.ones(2, 4)}), rf"tensor {KV_B}_scale_inv: shape"),
+        (lambda stored: stored.pop("model.layers.1.mlp.gate.e_score_correction_bias"), "e_score_correction_bias"),
+        (lambda stored: stored.update({"model.layers.3.eh_proj.weight": torch.ones(1)}), "model.layers.3.eh_proj"),
+    ],
+)
+def test_what_is_wrong_with_a_deepseek_is_named(tmp_path, change, message):
+    write_deepseek(tmp_path / "fp8", change)
+    with pytest.raises(CheckpointError, match=message):
+        Engine(tmp_path / "fp8", Solo(), Options(exact=True))
 
 
 UP = "model.layers.0.mlp.up_proj.weight"
