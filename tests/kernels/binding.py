@@ -22,9 +22,9 @@ from tpcpu.parallel.team import Team
 from tpcpu.program.batch import Batch
 from tpcpu.program.builder import Builder
 from tpcpu.program.compiled import Compiled
+from tpcpu.program.formulas import MatrixValues
 from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.operations import BLOCK, Buffer, Key, Kind, Program, Weight
-from tpcpu.program.formulas import MatrixValues
 from tpcpu.program.reference import Reference
 from tpcpu.program.weights import Packed, Packer, Source, Table, Vector, packed_bytes, packing_kernels, padded
 

@@ -8,7 +8,7 @@ from tpcpu.kernels import attention
 from tpcpu.kernels import record as R
 from tpcpu.kernels.attention_pieces import BLOCK_ROWS, part_bytes
 from tpcpu.parallel.partition import Range
-from tpcpu.program.binder import FEW_TOKENS
+from tpcpu.program.attending import FEW_TOKENS
 from tpcpu.program.kv_format import KV_FORMATS
 from tpcpu.program.operations import Heads
 from tpcpu.program.rope import DynamicScaling, Rope

@@ -14,8 +14,8 @@ from tpcpu.formats import floats, int8, nf4
 from tpcpu.parallel.communicator import Solo
 from tpcpu.parallel.partition import Share
 from tpcpu.program.batch import Batch
-from tpcpu.program.operations import Kind
 from tpcpu.program.formulas import MatrixValues
+from tpcpu.program.operations import Kind
 from tpcpu.quantize import quantize
 
 MODELS = ("yuan-tiny", "llama-tiny", "stories260k")

@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from tpcpu.models import Model, read_config
 from tpcpu.parallel.partition import Share
-from tpcpu.program.operations import Kind, Weight
 from tpcpu.program.formulas import MatrixValues
+from tpcpu.program.operations import Kind, Weight
 from tpcpu.program.reference import Reference
 
 DATA = Path(__file__).parents[1] / "data"

@@ -17,8 +17,8 @@ from tpcpu.engine.cache import Sequence as Cached
 from tpcpu.engine.engine import Candidates, Engine
 from tpcpu.engine.requests import Chunk, Request, Tokens
 from tpcpu.errors import PromptError, TpcpuError
+from tpcpu.program.attending import FEW_TOKENS
 from tpcpu.program.batch import Batch
-from tpcpu.program.binder import FEW_TOKENS
 from tpcpu.sampling import Sampled, SamplingParams
 
 Work = tuple[Request, Sequence[int], int]

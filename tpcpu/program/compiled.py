@@ -15,8 +15,9 @@ from tpcpu.kernels import record as R
 from tpcpu.kernels.compile import prepare
 from tpcpu.parallel.communicator import AllReduce as AllReduceCall
 from tpcpu.parallel.team import Team, aligned
+from tpcpu.program.attending import FEW_TOKENS
 from tpcpu.program.batch import Batch
-from tpcpu.program.binder import FEW_TOKENS, Binder
+from tpcpu.program.binder import Binder
 from tpcpu.program.memory import CacheMemory
 from tpcpu.program.operations import PIECE, Logits, Program
 from tpcpu.program.products import Weights
