@@ -57,7 +57,7 @@ class _Floats(Values):
 
     def piece(self, start: int) -> Array:
         values = self._values[start : start + self.step]
-        return values if values.flags.aligned else values.copy()
+        return values if values.flags.aligned and values.flags.c_contiguous else values.copy()
 
 
 class _Fp8(Values):
