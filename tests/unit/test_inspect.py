@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.cli import description, inspect
+from tpcpu.cli.alike import together
 from tpcpu.errors import CheckpointError
 from tpcpu.formats import int8, nf4
 
@@ -103,6 +104,27 @@ def test_what_is_wrong_is_listed(model):
         "quantised with gptq",
     ):
         assert part in text
+
+
+def test_what_many_layers_have_in_common_is_told_once(model, capsys):
+    """Of all but one of the numbers too; the JSON names every tensor."""
+
+    def damage(tensors):
+        for name in [name for name in tensors if name.endswith("o_proj.weight")]:
+            tensors[name] = tensors[name][:, :32]
+        del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.3.mlp.up_proj.weight"]
+
+    change(model, damage)
+    lines = [line for line in run(capsys, model).splitlines() if line.startswith("not supported: ")]
+    assert sorted(lines) == [
+        "not supported: tensor model.layers.0-4.self_attn.o_proj.weight has the shape [64, 32], "
+        "by config.json it is [64, 64]",
+        "not supported: tensor model.layers.1,3.mlp.up_proj.weight is missing",
+    ]
+    assert len(json.loads(run(capsys, model, "--json").splitlines()[-1])["unsupported"]) == 7
+    experts = [f"layers.{layer}.experts.{expert}.up" for layer in (0, 1, 2, 5) for expert in range(4)]
+    assert together(["x", *experts, "*.4.*"]) == ["x", "layers.0-2,5.experts.0-3.up", "*.4.*"]
+    assert together(experts[1:]) == ["layers.0-2,5.experts.0-3.up (15 of these)"]
 
 
 def test_an_unknown_architecture_is_described_all_the_same(model, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 
 from tpcpu import models
 from tpcpu.checkpoint import Checkpoint
+from tpcpu.cli.alike import together
 from tpcpu.errors import ConfigError, LaunchError
 from tpcpu.formats import fp8, int8, mxfp4, nf4
 from tpcpu.parallel.partition import Share
@@ -190,9 +191,9 @@ def text(found: Description) -> str:
         parameters = found.parameters_by_format[name]
         bits = f", {8 * nbytes / parameters:.3f} bits each" if parameters else ""
         lines.append(f"  {name}: {parameters:,} parameters, {_bytes(nbytes)}{bits}")
-    lines += [f"not quantised: {name}: {reason}" for name, reason in found.not_quantized.items()]
-    lines += [f"not needed: {name}" for name in found.not_needed]
-    lines += [f"not supported: {reason}" for reason in found.unsupported]
+    lines += together(f"not quantised: {name}: {reason}" for name, reason in found.not_quantized.items())
+    lines += together(f"not needed: {name}" for name in found.not_needed)
+    lines += together(f"not supported: {reason}" for reason in found.unsupported)
     if found.ranks is not None and not found.unsupported:
         lines.append(f"ranks: 1 to {found.ranks} work")
     return "\n".join(lines)

@@ -11,7 +11,8 @@ from typing import Any
 
 from tpcpu.checkpoint import Checkpoint
 from tpcpu.checkpoint.folder import read_json
-from tpcpu.cli.listing import listing, ranges, size
+from tpcpu.cli.alike import spans
+from tpcpu.cli.listing import listing, size
 from tpcpu.cli.output import Output
 from tpcpu.errors import UsageError
 from tpcpu.formats import mxfp4
@@ -137,7 +138,7 @@ def _shares(programs: Sequence[Program], storage: cost.Storage, context: int) ->
     header = ("rank", "weights", "share", "norms, biases", f"cache of {context}", "in memory", "kv heads")
     table = [header]
     for row, alike in groupby(range(len(rows)), key=lambda rank: rows[rank]):
-        table.append((ranges(list(alike)), *row))
+        table.append((spans(list(alike)), *row))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 

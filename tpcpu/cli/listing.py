@@ -3,10 +3,11 @@
 Knows operations, their costs, and columns of text. Prints nothing itself, and reads no weights.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple
 
+from tpcpu.cli.alike import spans
 from tpcpu.parallel.partition import Range
 from tpcpu.program import cost
 from tpcpu.program.operations import (
@@ -82,17 +83,12 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.{1 if count >= 9.995 else 2}f} {unit}"
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """`7` or `0-83`, of consecutive numbers."""
-    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-
-
 def _heading(layers: list[int], weight_bytes: int, first: bool) -> str:
     if layers[0] < 0:
         return "before the layers" if first else "after the layers"
     if len(layers) == 1:
         return f"layer {layers[0]}: {size(weight_bytes)} of weights"
-    return f"layers {ranges(layers)}, all alike: each {size(weight_bytes)} of weights"
+    return f"layers {spans(layers)}, all alike: each {size(weight_bytes)} of weights"
 
 
 def _rows(program: Program, number: int, one: cost.Cost, storage: cost.Storage, labels: dict[Buffer, str]) -> list[Row]:
