@@ -25,7 +25,7 @@ from tpcpu.kernels import peak
 from tpcpu.kernels.compile import spent_seconds
 from tpcpu.parallel.communicator import Communicator
 from tpcpu.parallel.team import Team
-from tpcpu.program.cost import unread
+from tpcpu.program.cost import part_read, unread
 from tpcpu.program.operations import Attention, weights_of_token
 from tpcpu.program.weights import Packed
 
@@ -284,8 +284,9 @@ class _Measurement:
             kind = class_of(stage, kernel)
             if kind in ("linear", "conv") and id(stage) not in seen:
                 seen.add(id(stage))
-                held = [engine.weights.get(w.key) for op in stage.operations for w in weights_of_token(op)]
-                found[number] = sum(token_bytes(each) for each in held if isinstance(each, Packed))
+                held = [(op, engine.weights.get(w.key)) for op in stage.operations for w in weights_of_token(op)]
+                read = (part_read(op) * token_bytes(each) for op, each in held if isinstance(each, Packed))
+                found[number] = round(sum(read))
             for op in stage.operations:
                 if isinstance(op, Attention) and id(stage) not in seen:
                     seen.add(id(stage))

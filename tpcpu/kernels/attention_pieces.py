@@ -35,9 +35,6 @@ ENTRIES_AHEAD = AHEAD + 4
 _TABLE_BYTES = (8 * (2 * TILES + ENTRIES_AHEAD) + 63) // 64 * 64
 _SCORES_BYTES = 4 * MOST_ROWS * PIECE
 
-GROUP = 8
-"""Query heads that are a group where all of them read one key."""
-
 BLOCK_ROWS = 64
 """Rows that go through the pieces together: so many tokens of a sequence that the rows of a group are no more."""
 

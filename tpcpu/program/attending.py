@@ -47,7 +47,7 @@ class Attentions:
                 self._buffers.take(scratch * self._threads),
             )
         parts, room = self._rooms[shape]
-        groups = -(-op.heads // attention_pieces.GROUP) if shared else rotation.k.count
+        groups = -(-op.heads // self._together(op)) if shared else rotation.k.count
         words = {
             R.A_Q: q.address, R.A_Q_STRIDE: q.stride,
             R.A_Q_FIRST: 4 * rotation.q.first, R.A_Q_STEP: 4 * rotation.q.step,
@@ -102,10 +102,16 @@ class Attentions:
         self._products.keep.append(slopes)
         return slopes.ctypes.data
 
+    def _together(self, op: Attention) -> int:
+        """How many query heads are a group where all read one key: fewer where there would be less of them than
+        threads, which share a short text by groups alone. More are faster; who is in one changes no bits."""
+        return next((many for many in (8, 4) if many * self._threads <= op.heads), 2)
+
     def _groups(self, op: Attention, count: int, shared: bool) -> int:
         """Query heads by the key/value head that they read, or in `count` parts of those that all read one; see
         `record.A_GROUPS`."""
-        group_of = [head // attention_pieces.GROUP for head in range(op.heads)] if shared else op.kv_of
+        together = self._together(op)
+        group_of = [head // together for head in range(op.heads)] if shared else op.kv_of
         order = sorted(range(op.heads), key=lambda head: group_of[head])
         starts = [sum(group < number for group in group_of) for number in range(count + 1)]
         groups = np.array([*starts, *order], np.int32)

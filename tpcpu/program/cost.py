@@ -185,9 +185,8 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
             capped = 5 * operation.out.width if isinstance(operation, Logits) and operation.cap else 0
             return held + Cost(operations=2 * multiplications + sum(weight.size for weight in vectors) + capped)
         case LinearByHeads():
-            part = operation.x.count * operation.rows / len(operation.weight.rows) if multiplied[0].size else 0
             return Cost(
-                weight_bytes=round(part * held.weight_bytes),
+                weight_bytes=round(part_read(operation) * held.weight_bytes),
                 operations=2 * operation.x.count * operation.rows * operation.weight.full_columns,
             )
         case RopeAndStore(q_turned=Heads() as q):
@@ -240,6 +239,13 @@ def _cost(operation: Operation, program: Program, storage: Storage) -> Cost:
                 message_bytes=operation.x.width * 4,
                 operations=operation.x.width * (program.share.size - 1),
             )
+
+
+def part_read(operation: Operation) -> float:
+    """Which part of its weights an operation multiplies: of a weight by heads each has rows of its own."""
+    if not isinstance(operation, LinearByHeads) or not operation.weight.size:
+        return 1.0
+    return operation.x.count * operation.rows / len(operation.weight.rows)
 
 
 def barriers(program: Program, storage: Storage) -> tuple[int, ...]:
