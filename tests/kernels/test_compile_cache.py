@@ -235,15 +235,17 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
 def test_variants_of_a_closure_have_names_of_their_own():
     """A process that found one variant in the cache and compiled the other ran the cached one for both: attention over
     a float32 cache gave NaN, as it read bfloat16. LLVM had taken the two for one function, by their name."""
-    forms = (R.FLOAT32, R.BF16, R.INT8)
+    kinds = [(form, shared) for form in (R.FLOAT32, R.BF16, R.INT8) for shared in (False, True)]
     makers = (attention_blocks._piece, attention_blocks._block_piece, attention_blocks._block, attention_blocks._apart)
-    variants = [make(form) for make in makers for form in forms]
-    variants += [attention_blocks._heads(heads, form) for heads in (4, 2, 1) for form in forms]
-    for make in (attention_pieces.score_rows, attention_pieces.add_rows):
-        variants += [make(rows, form, packed) for rows in (4, 2) for form in forms for packed in (False, True)]
+    variants = [make(*kind) for make in makers for kind in kinds]
+    variants += [attention_blocks._heads(heads, *kind) for heads in (4, 2, 1) for kind in kinds]
+    for rows in (4, 2):
+        for packed in (False, True):
+            variants += [attention_pieces.score_rows(rows, form, packed, shared) for form, shared in kinds]
+            variants += [attention_pieces.add_rows(rows, form, packed) for form, shared in kinds if shared]
     names = [variant.py_func.__qualname__ for variant in variants]
     kernels = [
-        make(form) for make in (attention.attend_one, attention.attend_few, attention.attend_many) for form in forms
+        make(*kind) for make in (attention.attend_one, attention.attend_few, attention.attend_many) for kind in kinds
     ]
     names += [kernel._function.__qualname__ for kernel in kernels]
-    assert len(set(names)) == len(names) == 3 * (4 + 3 + 8 + 3)
+    assert len(set(names)) == len(names) == 6 * (4 + 3 + 4 + 3) + 3 * 4

@@ -17,9 +17,9 @@ from numpy import float32
 from tpcpu.kernels import record as R
 from tpcpu.kernels.activations import word
 from tpcpu.kernels.compile import Kernel, helper
-from tpcpu.kernels.gemm_tiles import WORD_BYTES, prefetch, unpack, unpack_scales
+from tpcpu.kernels.gemm_tiles import WORD_BYTES, prefetch, unpack, unpack_powers, unpack_scales
 from tpcpu.kernels.memory import F32
-from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, FLOATS, INT8, NF4, SPAN
+from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, FLOATS, HALVES, INT8, MXFP4, NF4, SPAN
 from tpcpu.kernels.scales import ROWS, TOGETHER
 from tpcpu.kernels.simd import emit as e
 from tpcpu.kernels.simd import vectors as v
@@ -122,6 +122,16 @@ def _turned_sums(typing_context, weights, factors, panels):
 
 
 @helper
+def _multiply_by_powers(segment, block, room, weights):
+    """Gives an unpacked block, of this number among all of a segment, the scales of its halves: exact, as they are
+    powers of two."""
+    unpack_powers(word(segment, R.S_SCALES) + block * HALVES * ROWS, HALVES, room)
+    for i in range(BLOCK):
+        at = weights + i * WORD_BYTES
+        v.store(at, v.mul(v.load(at), v.load(room + i * HALVES // BLOCK * WORD_BYTES)))
+
+
+@helper
 def _ask(address, nbytes):
     for i in range(0, nbytes, _LINE):
         prefetch(address + i)
@@ -135,7 +145,7 @@ def _stored_bits(form: int) -> int:
 @cache
 def by_heads(form: int) -> Kernel:
     """out_h = x_h @ w_h.T for weights of a format."""
-    bits, scaled = _stored_bits(form), form not in FLOATS
+    bits, scaled = _stored_bits(form), form not in (*FLOATS, MXFP4)
 
     def by_heads(record, thread, threads):
         segment, tokens = word(record, R.SEGMENTS), word(word(record, R.COUNT), 0)
@@ -163,6 +173,8 @@ def by_heads(form: int) -> Kernel:
                 for block in range(blocks):
                     features = min(columns - block * BLOCK, BLOCK)
                     unpack(form, 1, word(record, R.TABLE), source + block * block_bytes, features, weights)
+                    if form == MXFP4:
+                        _multiply_by_powers(segment, panel * blocks + block, scales, weights)
                     _ask(source + block * block_bytes + panel_bytes, block_bytes)
                     for i in range(many):
                         total = v.load(sums + i * WORD_BYTES) if block else v.splat(float32(0.0))
@@ -182,7 +194,7 @@ def by_heads(form: int) -> Kernel:
 @cache
 def turned_by_heads(form: int) -> Kernel:
     """out_h = x_h @ w_h for weights of a format."""
-    bits, scaled = _stored_bits(form), form not in FLOATS
+    bits, scaled = _stored_bits(form), form not in (*FLOATS, MXFP4)
     block_bytes = BLOCK * ROWS * bits // 8
 
     def turned_by_heads(record, thread, threads):
@@ -204,7 +216,10 @@ def turned_by_heads(form: int) -> Kernel:
                     unpack_scales(segment, panel, blocks, span, min(SPAN, blocks - span), at)
             for panel in range(begin, end):
                 source = word(segment, R.S_VALUES) + panel * panel_bytes + block * block_bytes
-                unpack(form, 1, word(record, R.TABLE), source, features, weights + (panel - begin) * _BLOCK_BYTES)
+                unpacked = weights + (panel - begin) * _BLOCK_BYTES
+                unpack(form, 1, word(record, R.TABLE), source, features, unpacked)
+                if form == MXFP4:
+                    _multiply_by_powers(segment, panel * blocks + block, scales, unpacked)
                 _ask(source + block_bytes, block_bytes)
                 if form != NF4 and scaled:
                     at = scales + ((panel - begin) * SPAN + block % SPAN) * WORD_BYTES

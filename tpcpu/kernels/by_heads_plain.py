@@ -10,14 +10,22 @@ from numpy import float32
 from tpcpu.kernels import record as R
 from tpcpu.kernels.activations import word
 from tpcpu.kernels.compile import Kernel, helper
-from tpcpu.kernels.linear_plain import decode, float_block, scale
+from tpcpu.kernels.linear_plain import HALF, decode, float_block, power, scale
 from tpcpu.kernels.memory import load_f32, store_f32
-from tpcpu.kernels.record import BLOCK, FLOATS
+from tpcpu.kernels.record import BLOCK, FLOATS, MXFP4
 
 
 def room_bytes(rows: int, columns: int) -> int:
     """What a thread needs for heads of a weight: a decoded row."""
     return 4 * (columns + BLOCK)
+
+
+@helper
+def _multiply_by_powers(segment, row, decoded):
+    """Gives a decoded row the scales of its halves of blocks."""
+    for i in range(word(segment, R.S_COLUMNS)):
+        at = decoded + 4 * i
+        store_f32(at, load_f32(at) * power(segment, row, i // HALF))
 
 
 @helper
@@ -42,7 +50,7 @@ def _add(segment, row, decoded, factor, out, is_first, scaled, form):
 
 
 def _make(form: int, turned: bool, name: str) -> Kernel:
-    scaled = form not in FLOATS
+    scaled = form not in (*FLOATS, MXFP4)
 
     def by_heads(record, thread, threads):
         segment, tokens, heads = word(record, R.SEGMENTS), word(word(record, R.COUNT), 0), word(record, R.H_HEADS)
@@ -51,6 +59,8 @@ def _make(form: int, turned: bool, name: str) -> Kernel:
             for inside in range(word(record, R.H_ROWS)):
                 row = word(record, R.H_FIRST) + head * word(record, R.H_STEP) + inside
                 decode(record, segment, row, decoded, form, 1)
+                if form == MXFP4:
+                    _multiply_by_powers(segment, row, decoded)
                 for token in range(tokens):
                     x = word(record, R.X) + token * word(record, R.X_STRIDE) + head * word(record, R.H_X_STEP)
                     out = word(record, R.H_OUT) + token * word(record, R.H_OUT_STRIDE)

@@ -33,6 +33,7 @@ from tpcpu.kernels.simd import vectors as v
 
 LANES = v.LANES
 HALF = BLOCK // R.HALVES
+"""Weights of MXFP4 that share a scale."""
 
 
 @helper
@@ -87,7 +88,7 @@ def decode(record, segment, row, target, form, exact):
 
 
 @helper
-def _power(segment, row, half):
+def power(segment, row, half):
     """The scale of a half of a block: 2^(n - 127)."""
     halves = _word(segment, R.S_COLUMNS) // HALF
     return float_bits(max(load_u8(_word(segment, R.S_SCALES) + row * halves + half) << 23, 1 << 22))
@@ -141,7 +142,7 @@ def _row(record, segment, row, x, token, decoded, form, exact):
                     else:
                         product = float32(_dot_bytes(decoded + here, x + here, HALF))
                         product *= load_f32(x_scales + 4 * block) * factor
-                    span += _power(segment, row, R.HALVES * block + half) * product
+                    span += power(segment, row, R.HALVES * block + half) * product
             elif exact:
                 span += scale(segment, row, block, form) * float_block(decoded + 4 * at, x + 4 * at, BLOCK)
             else:
