@@ -18,10 +18,11 @@ from tpcpu.kernels import record as R
 from tpcpu.kernels.activations import word
 from tpcpu.kernels.compile import Kernel, helper
 from tpcpu.kernels.gemm_tiles import WORD_BYTES, prefetch, unpack, unpack_powers, unpack_scales
-from tpcpu.kernels.memory import F32
-from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, FLOATS, HALVES, INT8, MXFP4, NF4, SPAN
+from tpcpu.kernels.memory import F32, I32
+from tpcpu.kernels.record import BF16, BLOCK, F16, FLOAT32, FLOATS, HALVES, INT8, MXFP4, NF4, NF4_SINGLE, SPAN
 from tpcpu.kernels.scales import ROWS, TOGETHER
 from tpcpu.kernels.simd import emit as e
+from tpcpu.kernels.simd import instructions as isa
 from tpcpu.kernels.simd import vectors as v
 
 CHAINS = 8
@@ -121,6 +122,62 @@ def _turned_sums(typing_context, weights, factors, panels):
     return v.floats(types.int64, types.int64, types.int64), codegen
 
 
+# Of one token nothing is unpacked to memory: the same sums of what is decoded on the way.
+
+_GROUP = 8
+"""Features of a word of NF4 codes."""
+
+
+def _decoded(b, table, address):
+    """The values of eight features, a register of rows each."""
+    stored = e.load(b, address, e.I32V)
+    shifts = [8 * j + 4 * half for half in (0, 1) for j in range(4)]
+    return [isa.lookup_f32(b, table, b.lshr(stored, e.constants([each] * ROWS, I32))) for each in shifts]
+
+
+@intrinsic
+def _block_sum_nf4(typing_context, source, table, x):
+    """As `_block_sum`, of a packed block."""
+
+    def codegen(context, b, signature, args):
+        source, table, x = args
+        values = isa.table_f32(b, table)
+        sums = [cgutils.alloca_once(b, e.F32V) for _ in range(CHAINS)]
+        for register in sums:
+            b.store(ir.Constant(e.F32V, [0.0] * e.LANES), register)
+        with cgutils.for_range(b, e.const(BLOCK // _GROUP)) as loop:
+            words = _decoded(b, values, e.offset(b, source, loop.index, WORD_BYTES))
+            x_at = e.offset(b, x, loop.index, 4 * _GROUP)
+            for i, (word, register) in enumerate(zip(words, sums, strict=True)):
+                other = e.splat(b, e.load(b, e.offset(b, x_at, 4 * i), F32), e.F32V)
+                b.store(e.fma(b, word, other, b.load(register)), register)
+        return _tree(b, [b.load(register) for register in sums])
+
+    return v.floats(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _turned_sums_nf4(typing_context, source, panel_bytes, table, factors, panels):
+    """As `_turned_sums`, of packed blocks, `panel_bytes` from panel to panel."""
+
+    def codegen(context, b, signature, args):
+        source, panel_bytes, table, factors, panels = args
+        values = isa.table_f32(b, table)
+        sums = [cgutils.alloca_once(b, e.F32V) for _ in range(e.LANES)]
+        for register in sums:
+            b.store(ir.Constant(e.F32V, [0.0] * e.LANES), register)
+        with cgutils.for_range(b, panels) as loop:
+            factor = e.load(b, e.offset(b, factors, loop.index, WORD_BYTES), e.F32V)
+            at = b.add(source, b.mul(loop.index, panel_bytes))
+            for first in range(0, e.LANES, _GROUP):
+                words = _decoded(b, values, e.offset(b, at, first // _GROUP * WORD_BYTES))
+                for word, register in zip(words, sums[first : first + _GROUP], strict=True):
+                    b.store(e.fma(b, word, factor, b.load(register)), register)
+        return e.sum_each(b, [b.load(register) for register in sums])
+
+    return v.floats(*[types.int64] * 5), codegen
+
+
 @helper
 def _multiply_by_powers(segment, block, room, weights):
     """Gives an unpacked block, of this number among all of a segment, the scales of its halves: exact, as they are
@@ -145,7 +202,7 @@ def _stored_bits(form: int) -> int:
 @cache
 def by_heads(form: int) -> Kernel:
     """out_h = x_h @ w_h.T for weights of a format."""
-    bits, scaled = _stored_bits(form), form not in (*FLOATS, MXFP4)
+    bits, scaled, in_place = _stored_bits(form), form not in (*FLOATS, MXFP4), form in (NF4, NF4_SINGLE)
 
     def by_heads(record, thread, threads):
         segment, tokens = word(record, R.SEGMENTS), word(word(record, R.COUNT), 0)
@@ -172,13 +229,19 @@ def by_heads(form: int) -> Kernel:
                 many = min(GROUP, tokens - token)
                 for block in range(blocks):
                     features = min(columns - block * BLOCK, BLOCK)
-                    unpack(form, 1, word(record, R.TABLE), source + block * block_bytes, features, weights)
+                    at = source + block * block_bytes
+                    if not in_place or many > 1:
+                        unpack(form, 1, word(record, R.TABLE), at, features, weights)
                     if form == MXFP4:
                         _multiply_by_powers(segment, panel * blocks + block, scales, weights)
-                    _ask(source + block * block_bytes + panel_bytes, block_bytes)
+                    _ask(at + panel_bytes, block_bytes)
                     for i in range(many):
                         total = v.load(sums + i * WORD_BYTES) if block else v.splat(float32(0.0))
-                        product = _block_sum(weights, _head(record, head, token + i) + 4 * BLOCK * block)
+                        x = _head(record, head, token + i) + 4 * BLOCK * block
+                        if in_place and many == 1:
+                            product = _block_sum_nf4(at, word(record, R.TABLE), x)
+                        else:
+                            product = _block_sum(weights, x)
                         if scaled:
                             total = v.fma(v.load(from_scales + block * WORD_BYTES), product, total)
                         else:
@@ -194,7 +257,7 @@ def by_heads(form: int) -> Kernel:
 @cache
 def turned_by_heads(form: int) -> Kernel:
     """out_h = x_h @ w_h for weights of a format."""
-    bits, scaled = _stored_bits(form), form not in (*FLOATS, MXFP4)
+    bits, scaled, in_place = _stored_bits(form), form not in (*FLOATS, MXFP4), form in (NF4, NF4_SINGLE)
     block_bytes = BLOCK * ROWS * bits // 8
 
     def turned_by_heads(record, thread, threads):
@@ -217,7 +280,8 @@ def turned_by_heads(form: int) -> Kernel:
             for panel in range(begin, end):
                 source = word(segment, R.S_VALUES) + panel * panel_bytes + block * block_bytes
                 unpacked = weights + (panel - begin) * _BLOCK_BYTES
-                unpack(form, 1, word(record, R.TABLE), source, features, unpacked)
+                if not in_place or tokens > 1:
+                    unpack(form, 1, word(record, R.TABLE), source, features, unpacked)
                 if form == MXFP4:
                     _multiply_by_powers(segment, panel * blocks + block, scales, unpacked)
                 _ask(source + block_bytes, block_bytes)
@@ -235,7 +299,12 @@ def turned_by_heads(form: int) -> Kernel:
                         factor = v.mul(factor, v.load(scales + (panel * SPAN + block % SPAN) * WORD_BYTES))
                     v.store(factors + panel * WORD_BYTES, factor)
                 for column in range(0, features, ROWS):
-                    sums = _turned_sums(weights + column * WORD_BYTES, factors, end - begin)
+                    if in_place and tokens == 1:
+                        source = word(segment, R.S_VALUES) + begin * panel_bytes + block * block_bytes
+                        source += column // _GROUP * WORD_BYTES
+                        sums = _turned_sums_nf4(source, panel_bytes, word(record, R.TABLE), factors, end - begin)
+                    else:
+                        sums = _turned_sums(weights + column * WORD_BYTES, factors, end - begin)
                     v.store_first(out + 4 * column, sums, features - column)
 
     return Kernel(turned_by_heads, f"linear-turned-by-heads-{form}")
