@@ -43,6 +43,25 @@ def test_broadcast(communicator: Communicator, shape: tuple[int, ...], dtype: An
     np.testing.assert_array_equal(array, pattern(shape, dtype, seed=0))
 
 
+def test_an_error_of_mpi_in_a_wait_is_another_ranks_end(communicator: Communicator, monkeypatch: Any) -> None:
+    """MPICH has named a killed rank's peer as the one that failed; whose witness had been about to tell."""
+    if communicator.size == 1:
+        return
+    from mpi4py import MPI
+
+    class Broken:
+        def Test(self) -> bool:  # noqa: N802  as mpi4py calls it
+            raise MPI.Exception(MPI.ERR_OTHER)
+
+    monkeypatch.setattr(communicator, "_fault_timeout", 0.0)
+    monkeypatch.setattr("tpcpu.parallel.mpi._TELLING_SECONDS", 0.2)
+    since = time.monotonic()
+    with pytest.raises(RankError, match=rf"rank {communicator.rank} on \S+ can no longer reach another rank: \S"):
+        communicator._wait(Broken())  # type: ignore[attr-defined]
+    assert time.monotonic() - since >= 0.2
+    communicator.barrier()
+
+
 def test_only_contiguous_arrays_are_sent(communicator: Communicator) -> None:
     if communicator.size > 1:
         with pytest.raises(ValueError, match="contiguous"):

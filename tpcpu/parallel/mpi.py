@@ -11,7 +11,7 @@ import pickle
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from tpcpu.errors import LaunchError
+from tpcpu.errors import LaunchError, RankError
 from tpcpu.parallel.announcement import Announcement
 from tpcpu.parallel.communicator import AllReduce, AllReduceKind, Communicator, T, Wire, check_counts
 from tpcpu.parallel.departure import Departure, begin
@@ -40,6 +40,9 @@ _EXCHANGED = 1
 """The tag of messages between two ranks,"""
 MESSAGE_BYTES = 1 << 30
 """and their length at most: MPI counts them in an int."""
+
+_TELLING_SECONDS = 2.0
+"""What a witness may take beyond the time in which it notices a fault."""
 
 
 class Mpi(Communicator):
@@ -64,6 +67,7 @@ class Mpi(Communicator):
         self._patience = Patience()
         self._departure: Departure | None = None
         self._messages = 0
+        self._fault_timeout = fault_timeout
         self._meet(fault_timeout, foreign)
         window = self._share_memory() if all_reduce == "window" else None
         if all_reduce == "window":
@@ -132,8 +136,7 @@ class Mpi(Communicator):
         """Messages between pairs of ranks, which MPI does not let overtake one another; the large ones in pieces."""
         requests = [self._mpi.Irecv(piece, rank, _EXCHANGED) for rank, out in receives for piece in _messages(out)]
         requests += [self._mpi.Isend(piece, rank, _EXCHANGED) for rank, array in sends for piece in _messages(array)]
-        look = None if self._departure is None else self._departure.look
-        self._patience.wait(lambda: bool(MPI.Request.Testall(requests)), look=look)
+        self._wait_for(lambda: bool(MPI.Request.Testall(requests)))
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
@@ -200,8 +203,18 @@ class Mpi(Communicator):
         raise AssertionError("MPI_Abort returned")
 
     def _wait(self, request: MPI.Request, bell: Doorbell | None = None) -> None:
+        self._wait_for(request.Test, bell)
+
+    def _wait_for(self, done: Callable[[], bool], bell: Doorbell | None = None) -> None:
         """Raises RankError where a rank has left that must have been waited for."""
-        self._patience.wait(request.Test, bell, None if self._departure is None else self._departure.look)
+        try:
+            self._patience.wait(done, bell, None if self._departure is None else self._departure.look)
+        except MPI.Exception as error:
+            # MPI may notice that another rank is gone before the witness does, which names it and ends this one.
+            if guardian() is not None:
+                time.sleep(self._fault_timeout + _TELLING_SECONDS)
+            reason = error.Get_error_string().splitlines()[-1]
+            raise RankError(f"{self._name([self.rank])} can no longer reach another rank: {reason}") from None
 
     def _called(self, seconds: float) -> bool:
         """Sleep that long, or until the bell rings; True if rank 0 has sent a message that this rank did not take."""
