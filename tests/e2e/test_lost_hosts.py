@@ -16,6 +16,10 @@ from tests.hosts import Hosts, hosts, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
+PROXY_FAILED = "HYD_pmcd_pmip_control_cmd_cb"
+"""MPICH's proxy, told to end its ranks while it ends by itself, at times fails an assertion of its own; with it goes
+the stream that the line would have gone to."""
+
 
 def job(made: Hosts, folder: Path) -> list[str]:
     """A rank on the first host, and two on the second."""
@@ -39,16 +43,21 @@ def rank_of(started: Family, number: int) -> int:
     ids=["killed", "stopped"],
 )
 def test_a_rank_of_another_host_is_lost(tmp_path, number, told):
-    with hosts(2, tmp_path) as made, family(job(made, tmp_path), tmp_path) as started:
-        started.say_until("begun")
-        victim, since = rank_of(started, 2), time.monotonic()
-        os.kill(victim, number)
-        code, _, err = started.end()
-        assert code != 0
-        assert time.monotonic() - since < TIMEOUT + 2
-        (line,) = LINE.findall(err) or [err]
-        assert re.fullmatch(rf"rank 2 on {made.names[1]} \(pid {victim}\) {told}", line), line
-        started.assert_nothing_left()
+    for attempt in map(str, range(4)):
+        folder = tmp_path / attempt
+        folder.mkdir()
+        with hosts(2, folder) as made, family(job(made, folder), folder) as started:
+            started.say_until("begun")
+            victim, since = rank_of(started, 2), time.monotonic()
+            os.kill(victim, number)
+            code, _, err = started.end()
+            assert code != 0
+            assert time.monotonic() - since < TIMEOUT + 2
+            started.assert_nothing_left()
+        if PROXY_FAILED not in err:
+            break
+    (line,) = LINE.findall(err) or [err]
+    assert re.fullmatch(rf"rank 2 on {made.names[1]} \(pid {victim}\) {told}", line), line
 
 
 def test_a_link_goes_down(tmp_path):
