@@ -7,7 +7,7 @@ import tracemalloc
 import zipfile
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -146,6 +146,7 @@ class TestTorch:
 
     @given(st.lists(st.tuples(st.integers(0, len(VALID_TORCH) - 1), st.integers(0, 255)), min_size=1, max_size=4))
     @settings(max_examples=300)
+    @example([(VALID_TORCH.index(b"PK\x01\x02") + 23, 1)])  # 16 MB more, by the directory
     def test_a_valid_file_with_bytes_changed(self, tmp_path_factory, changes):
         content = bytearray(VALID_TORCH)
         for place, value in changes:

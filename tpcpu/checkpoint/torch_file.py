@@ -123,6 +123,9 @@ def _zip_file(file: io.BufferedReader, size: int) -> tuple[Any, dict[str, tuple[
                     raise RefusedError(
                         f"the entry {entry.filename!r:.80} compressed or encrypted, which torch does not do"
                     )
+                # Both sizes of what is not compressed: reading takes memory by the one, and reads by the other.
+                if entry.compress_size != entry.file_size or entry.file_size > size:
+                    raise RefusedError(f"the entry {entry.filename!r:.80} of impossible size")
             if entries[pickled[0]].file_size > MAX_PICKLE_BYTES:
                 raise RefusedError(f"a description of tensors of more than {MAX_PICKLE_BYTES} bytes")
             order = f"{root}byteorder"
