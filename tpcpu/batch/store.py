@@ -65,7 +65,7 @@ class Store:
         """How many are on disk."""
         self._files: dict[str, Appended] = {}
         self._executor: ThreadPoolExecutor | None = None
-        self._pending: tuple[Future[None], int, int] | None = None
+        self._pending: Future[None] | None = None
         self._problem: TpcpuError | None = None
         self._journal_file: Appended | None = None
         self._journal_bytes = self._compacted = 0
@@ -189,41 +189,41 @@ class Store:
         compact = None
         if self._journal_bytes > _COMPACT_BYTES and self._journal_bytes > 2 * self._compacted:
             compact = begun()
-        task = self._executor.submit(self._write, b"".join(answers), b"".join(problems), records, compact)
-        self._pending = task, len(answers), len(problems)
+        self._pending = self._executor.submit(self._write, answers, problems, records, compact)
         return True
 
     def check(self) -> bool:
-        """Counts what is on disk by now; whether nothing is being written. Raises OutputError, NoRoomError."""
-        if self._pending is None or not self._pending[0].done():
+        """Whether nothing is being written. Raises what was wrong with writing: OutputError, NoRoomError."""
+        if self._pending is None or not self._pending.done():
             return self._pending is None
         self.settle()
         return True
 
     def settle(self) -> None:
-        """Waits until what was committed is on disk, and counts it. Raises OutputError, NoRoomError."""
+        """Waits until what was committed is on disk. Raises OutputError, NoRoomError."""
         if self._pending is None:
             return
-        task, answers, problems = self._pending
-        self._pending = None
+        task, self._pending = self._pending, None
         try:
             task.result()
         except OSError as error:
             self._problem = self.translated(error)
             raise self._problem from None
-        self.answers += answers
-        self.problems += problems
 
     def _write(
-        self, answers: bytes, problems: bytes, records: list[journal.Record], compact: Mapping[int, Begun] | None
-    ) -> None:
+        self, answers: list[bytes], problems: list[bytes], records: list[journal.Record],
+        compact: Mapping[int, Begun] | None,
+    ) -> None:  # fmt: skip
+        """Counts lines when they are on disk: the next run finds them there, whether or not the journal has room."""
         if answers:
-            self._files[self.output.name].append(answers)
+            self._files[self.output.name].append(b"".join(answers))
+            self.answers += len(answers)
         if problems:
             if self.errors.name not in self._files:
                 self._files[self.errors.name] = Appended(self.errors)
                 sync(self.errors.parent)
-            self._files[self.errors.name].append(problems)
+            self._files[self.errors.name].append(b"".join(problems))
+            self.problems += len(problems)
         if compact is not None:
             self._rewrite_journal(compact)
             return
