@@ -276,3 +276,19 @@ class FakeRanks:
 def floats_at(address: int, count: int) -> Any:
     """A view of `count` float32 in memory."""
     return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (count,))
+
+
+def check(model: "FakeModel", program: Any, teams: Any, exact: bool, tolerance: float | None = None) -> Any:
+    """As all teams have it, in every bit the same beside other tokens; within the tolerance of the reference."""
+    reader = reference(program, model.tensors, exact, dtype=np.float64 if exact else np.float32)
+    bound = [Bound(program, model.tensors, team, exact=exact) for team in teams]
+    tolerance = tolerance or TOLERANCES["product" if exact else "rounded again"]
+    most = None
+    for count in (64, 1, 2, 9, 50):
+        part = (range(count), 0, 0)
+        results = [each.run(part) for each in bound]
+        assert all(same_bits(result, results[0]) for result in results), f"{count} tokens"
+        most = results[0] if most is None else most
+        assert same_bits(results[0], most[:count]), f"{count} tokens"
+        assert_close(results[0], expected(reader, part), tolerance)
+    return most

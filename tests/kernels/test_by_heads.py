@@ -1,28 +1,10 @@
 """Products by heads, as they are and turned, against the reference: rows anywhere in panels, every format and team."""
 
-import numpy as np
 import pytest
 
-from tests.kernels.binding import FORMS, TOLERANCES, Bound, FakeModel, assert_close, expected, reference, same_bits
+from tests.kernels.binding import FORMS, Bound, FakeModel, check
 from tpcpu.parallel.partition import Range
 from tpcpu.program.operations import Heads
-
-COUNTS = (64, 1, 2, 9, 40)
-
-
-def check(model, program, teams):
-    """As all teams have it, in every bit the same beside other tokens; within the tolerance of the reference."""
-    reader = reference(program, model.tensors, True, dtype=np.float64)
-    bound = [Bound(program, model.tensors, team) for team in teams]
-    most = None
-    for count in COUNTS:
-        part = (range(count), 0, 0)
-        results = [each.run(part) for each in bound]
-        assert all(same_bits(result, results[0]) for result in results), f"{count} tokens"
-        most = results[0] if most is None else most
-        assert same_bits(results[0], most[:count]), f"{count} tokens"
-        assert_close(results[0], expected(reader, part), TOLERANCES["product"])
-
 
 SHAPES = {
     "as published": (3, 128, 128, 512, 64),
@@ -46,7 +28,7 @@ def test_shapes(teams, form, shape, turned):
     dim = rows if turned else columns
     x = model.inputs(model.normal(64, heads * (dim + between)))
     out = model.linear_by_heads(Heads(x, heads, dim, 0, dim + between), weight, rows, first, step, turned=turned)
-    check(model, model.result(out), teams)
+    check(model, model.result(out), teams, True)
 
 
 @pytest.mark.parametrize("columns", [40, 72])
@@ -56,7 +38,7 @@ def test_floats_need_no_whole_blocks(teams, columns, turned):
     weight = model.hold(model.matrix("w", (4 * 30, columns)), "bf16").weight
     dim = 18 if turned else columns
     heads = Heads(model.inputs(model.normal(64, 4 * dim)), 4, dim, 0, dim)
-    check(model, model.result(model.linear_by_heads(heads, weight, 18, 12, 30, turned=turned)), teams)
+    check(model, model.result(model.linear_by_heads(heads, weight, 18, 12, 30, turned=turned)), teams, True)
 
 
 def test_heads_of_a_share_lie_inside_their_blocks(teams):
@@ -66,7 +48,7 @@ def test_heads_of_a_share_lie_inside_their_blocks(teams):
     heads = Heads(model.inputs(model.normal(64, 3 * 64)), 3, 64, 0, 64)
     out = model.linear_by_heads(heads, weight, 24, 0, 24, covering=(Range(3, 6), 8))
     assert (out.width, out.own) == (128, Range(8, 80))
-    check(model, model.result(out), teams)
+    check(model, model.result(out), teams, True)
 
 
 def test_no_heads(teams):

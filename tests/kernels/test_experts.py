@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.kernels.binding import TOLERANCES, Bound, FakeModel, Held, assert_close, expected, reference, same_bits
+from tests.kernels.binding import Bound, FakeModel, Held, check, same_bits
 from tpcpu.parallel.partition import Range, Share
 from tpcpu.program.operations import Clamp, Kind, Scoring
 
-COUNTS = (64, 1, 2, 9, 50)
 ARITHMETICS = [
     ("nf4", False), ("nf4", True), ("int8", False), ("bf16", True), ("nf4-single", False), ("mxfp4", False),
     ("mxfp4", True),
@@ -29,22 +28,6 @@ def mixture(
             model.hold(matrix, (forms or {}).get((number, name), form))
         made.append(expert)
     return model.experts(x, scores, top, made, features, full, normalised=normalised, **choice)
-
-
-def check(model, program, teams, exact, tolerance=None):
-    """As all teams have it, in every bit the same beside other tokens; within the tolerance of the reference."""
-    reader = reference(program, model.tensors, exact, dtype=np.float64 if exact else np.float32)
-    bound = [Bound(program, model.tensors, team, exact=exact) for team in teams]
-    tolerance = tolerance or TOLERANCES["product" if exact else "rounded again"]
-    most = None
-    for count in COUNTS:
-        part = (range(count), 0, 0)
-        results = [each.run(part) for each in bound]
-        assert all(same_bits(result, results[0]) for result in results), f"{count} tokens"
-        most = results[0] if most is None else most
-        assert same_bits(results[0], most[:count]), f"{count} tokens"
-        assert_close(results[0], expected(reader, part), tolerance)
-    return most
 
 
 def scores_of(chosen, experts):
